@@ -1,0 +1,243 @@
+"""The one table of settings. The fields of Settings below are it: each has a type, a default and a help text, and from
+them come the environment variables (TERTULIA_NAME), the TOML keys, the flags of `tertulia serve` and docs/settings.md.
+
+Order, later wins: default, TOML file, environment, flag. This file knows nothing of what the settings do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from .core import Preset
+from .errors import SettingsError
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Positive = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[int, Meta(ge=0)]
+Dollars = Annotated[float, Meta(ge=0)]
+
+
+class LocalModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[models.NAME]: a model served by an engine of this machine."""
+
+    file: Annotated[str | None, Meta(description="a GGUF file on disk")] = None
+    source: Annotated[str | None, Meta(description="a catalogue name, or hf:ORG/REPO/FILE.gguf")] = None
+    kind: Annotated[str | None, Meta(description="chat, completion or embedding; read from the file if not given")] = None
+    context_length: Annotated[int | None, Meta(description="tokens per request; the model's own if not given")] = None
+    parallel: Annotated[int | None, Meta(description="requests answered at the same time")] = None
+    lora: Annotated[list[str], Meta(description="GGUF LoRA adapters to load")] = []
+    sampling: Annotated[dict[str, float], Meta(description="sampling defaults where a caller gives none")] = {}
+
+
+class Upstream(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[upstreams.NAME]: any server that speaks the OpenAI API."""
+
+    base_url: Annotated[str, Meta(description="where its API is, ending in /v1 as a rule")]
+    key: Annotated[str | None, Meta(description="reference to its key: env:NAME or file:PATH")] = None
+    models: Annotated[dict[str, str], Meta(description="our model name = its model name")] = {}
+    organization: Annotated[str | None, Meta(description="sent as OpenAI-Organization")] = None
+    project: Annotated[str | None, Meta(description="sent as OpenAI-Project")] = None
+    connect_timeout: Annotated[Seconds, Meta(description="seconds to connect")] = 5.0
+    timeout: Annotated[Seconds, Meta(description="seconds without a byte before the call is given up")] = 600.0
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every setting of the server."""
+
+    host: Annotated[str, Meta(description="address to listen on; anything but loopback exposes the server")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="port to listen on; 0 lets the system choose")] = 8000
+    data: Annotated[str, Meta(description="directory of everything that is kept")] = "data"
+    config: Annotated[str | None, Meta(description="TOML file with settings")] = None
+    api_key: Annotated[str | None, Meta(description="project key to use at first start instead of a random one")] = None
+    admin_key: Annotated[str | None, Meta(description="admin key to use at first start instead of a random one")] = None
+    database: Annotated[str | None, Meta(description="database URL; SQLite in the data directory if not given")] = None
+    chat_model: Annotated[str, Meta(description="local model that answers chat and completions by default")] = (
+        "smollm2-135m-instruct"
+    )
+    embedding_model: Annotated[str, Meta(description="local model that answers embeddings by default")] = (
+        "all-minilm-l6-v2"
+    )
+    strict_models: Annotated[bool, Meta(description="answer 404 for a model name that is not installed; no aliases")] = (
+        False
+    )
+    preload: Annotated[bool, Meta(description="load the default models at start instead of on first use")] = True
+    memory_budget: Annotated[Positive, Meta(description="MB that loaded local models may use together")] = 4096
+    parallel: Annotated[Positive, Meta(description="requests a local model answers at the same time")] = 8
+    context_length: Annotated[
+        int | None, Meta(description="tokens a local model holds per request; the model's own, at most 8192, if not given")
+    ] = None
+    threads: Annotated[NotNegative, Meta(description="CPU threads of a local engine; 0: one per core")] = 0
+    load_timeout: Annotated[Seconds, Meta(description="seconds a local model may take to load")] = 120.0
+    max_body: Annotated[Positive, Meta(description="MB a JSON request body may have")] = 32
+    request_timeout: Annotated[Seconds, Meta(description="seconds a call may take from first byte to last")] = 600.0
+    read_timeout: Annotated[Seconds, Meta(description="seconds a client may take to send its request")] = 30.0
+    keep_alive: Annotated[Positive, Meta(description="seconds an idle connection is kept")] = 75
+    max_connections: Annotated[Positive, Meta(description="open connections over which new ones are refused")] = 10000
+    requests_per_minute: Annotated[Positive, Meta(description="requests a minute of one project")] = 10_000_000
+    tokens_per_minute: Annotated[Positive, Meta(description="tokens a minute of one project")] = 1_000_000_000
+    spend_limit: Annotated[
+        Dollars | None, Meta(description="US dollars a project may spend a calendar month; no limit if not given")
+    ] = None
+    access_log: Annotated[str, Meta(description="file for the JSON access log; - for standard error, empty for none")] = ""
+    log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$", description="what is logged")] = "warning"
+    trace_engine: Annotated[bool, Meta(description="keep the log of local engines in the data directory")] = False
+    mock: Annotated[bool, Meta(description="offer the deterministic model `mock`")] = True
+    aliases: Annotated[dict[str, str], Meta(description="model name or pattern = model that answers")] = {}
+    models: Annotated[dict[str, LocalModel], Meta(description="more local models")] = {}
+    presets: Annotated[dict[str, Preset], Meta(description="names with a model, a system message and parameters behind")] = {}
+    upstreams: Annotated[dict[str, Upstream], Meta(description="servers that answer for us")] = {}
+    prices: Annotated[dict[str, dict[str, float]], Meta(description="US dollars per million tokens: input, output")] = {}
+
+    @property
+    def data_dir(self) -> Path:
+        return Path(self.data).expanduser().absolute()
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """One row of the table. shape is a word for its type; plain ones have an environment variable and a flag."""
+
+    name: str
+    shape: str
+    default: Any
+    help: str
+    plain: bool
+
+    @property
+    def env(self) -> str:
+        return "TERTULIA_" + self.name.upper()
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def _described(annotation: Any) -> tuple[str, str]:
+    """The help text and the plain type of an annotated field, however deep the metadata sits."""
+    help, base = "", annotation
+    while hasattr(base, "__metadata__"):
+        for meta in base.__metadata__:
+            help = meta.description or help
+        base = get_args(base)[0]
+    kinds = [t for t in (get_args(base) or (base,)) if t is not type(None)]
+    inner = kinds[0]
+    while hasattr(inner, "__metadata__"):
+        inner = get_args(inner)[0]
+    shape = {str: "text", int: "number", float: "number", bool: "yes/no"}.get(inner, "table")
+    if str(base).startswith(("dict", "list")):
+        shape = "table"
+    return help, shape
+
+
+def table(of: type[msgspec.Struct] = Settings) -> list[Setting]:
+    """Every setting, in order; what docs, flags and the environment are made from."""
+    hints = get_type_hints(of, include_extras=True)
+    rows = []
+    for field in msgspec.structs.fields(of):
+        help, shape = _described(hints[field.name])
+        default = field.default if field.default is not msgspec.NODEFAULT else None
+        if field.default_factory is not msgspec.NODEFAULT:
+            default = field.default_factory()
+        rows.append(Setting(field.name, shape, default, help, shape != "table"))
+    return rows
+
+
+def load(flags: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None) -> Settings:
+    """The settings in force.
+
+    flags: names to values, None meaning not given. Raises SettingsError that names the key, what is wrong with it and,
+    for a name that does not exist, the nearest one that does.
+    """
+    environment = os.environ if environment is None else environment
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    path = given.get("config") or environment.get("TERTULIA_CONFIG")
+    values: dict[str, Any] = _read_file(path) if path else {}
+    origin = {name: f"{path}: {name}" for name in values}
+    for row in table():
+        if row.plain and environment.get(row.env, "") != "":
+            values[row.name] = _from_text(row, environment[row.env])
+            origin[row.name] = row.env
+    _refuse_unknown_variables(environment)
+    for name, value in given.items():
+        values[name] = value
+        origin[name] = "--" + name.replace("_", "-")
+    if path:
+        values["config"] = str(path)
+    try:
+        return msgspec.convert(values, Settings, strict=True)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$.")
+        where = where.rstrip("`")
+        name = where.split(".")[0].split("[")[0]
+        raise SettingsError(f"{origin.get(name, name)}{where[len(name) :]}: {_plain(what)}") from None
+
+
+def _plain(what: str) -> str:
+    return what[0].lower() + what[1:].replace("`", "").replace(" | null", "").replace("str", "text", 1) if what else what
+
+
+def _from_text(row: Setting, text: str) -> Any:
+    if row.shape == "yes/no":
+        word = text.strip().lower()
+        if word in ("1", "true", "yes", "on"):
+            return True
+        if word in ("0", "false", "no", "off"):
+            return False
+        raise SettingsError(f"{row.env}: expected yes or no, got {text!r}")
+    if row.shape == "number":
+        try:
+            return int(text)
+        except ValueError:
+            try:
+                return float(text)
+            except ValueError:
+                raise SettingsError(f"{row.env}: expected a number, got {text!r}") from None
+    return text
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    known = {row.env for row in table() if row.plain}
+    for name in environment:
+        # TERTULIA_TEST_* belongs to the test-suite
+        if name.startswith("TERTULIA_") and name not in known and not name.startswith("TERTULIA_TEST_"):
+            raise SettingsError(f"{name}: there is no such setting{_nearest(name, known)}")
+
+
+def _read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read ({error.__class__.__name__})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: not valid TOML: {error}") from None
+    _refuse_unknown(values, Settings, f"{path}: ")
+    for section, shape in (("models", LocalModel), ("presets", Preset), ("upstreams", Upstream)):
+        entries = values.get(section, {})
+        if not isinstance(entries, dict):
+            continue  # its type is refused later, with the others
+        for name, entry in entries.items():
+            if isinstance(entry, dict):
+                _refuse_unknown(entry, shape, f"{path}: [{section}.{name}] ")
+    return values
+
+
+def _refuse_unknown(values: Mapping[str, Any], shape: type[msgspec.Struct], where: str) -> None:
+    known = {field.name for field in msgspec.structs.fields(shape)}
+    for name in values:
+        if name not in known:
+            raise SettingsError(f"{where}{name}: there is no such setting{_nearest(name, known)}")
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else ""

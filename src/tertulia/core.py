@@ -1,0 +1,271 @@
+"""The nouns every room speaks of: who asks (Principal), what is asked (Call), the answer on its way (Reply), what it
+used (Usage), what answers (ModelCard, Target). It imports no other room but errors and knows nothing of HTTP, SQL or
+any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from .errors import DeadlineExceeded, EngineFailed, Overloaded, TertuliaError
+
+if TYPE_CHECKING:  # for the type checker only: core imports no room at run time
+    from .engines.base import Engine
+
+
+class Principal:
+    """Who asks: one API key with the project and organization it belongs to. One object per key, kept in memory."""
+
+    __slots__ = ("key_id", "organization", "project", "kind", "scopes", "state")
+
+    def __init__(self, key_id: str, organization: str, project: str, kind: str = "project") -> None:
+        self.key_id = key_id
+        self.organization = organization
+        self.project = project
+        self.kind = kind  # "project" or "admin"
+        self.scopes: frozenset[str] | None = None  # None: everything its kind may do
+        self.state: Any = None  # admit's counters for the project; opaque to everyone else
+
+
+NOBODY = Principal("", "", "", "nobody")
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of one answer, as the engine counted them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a model, whoever serves it.
+
+    source: where its file comes from: `pypi:PACKAGE==VERSION/PATH`, `hf:ORG/REPO/FILE`, `file:/PATH`, `upstream:NAME`
+    or `mock:`. bytes and sha256 are of the file as served; context_length in tokens, None if not known.
+    """
+
+    id: str
+    kind: str  # "chat", "completion" or "embedding"
+    source: str
+    sha256: str | None = None
+    bytes: int | None = None
+    licence: str | None = None
+    context_length: int | None = None
+    dimensions: int | None = None
+    capabilities: tuple[str, ...] = ()
+    sampling: dict[str, float] = {}  # defaults for sampling parameters a caller does not give
+    owned_by: str = "tertulia"
+    created: int = 0
+    description: str = ""
+
+
+class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model name with a base model, a system message, few-shot examples and sampling parameters behind it."""
+
+    model: str
+    system: str | None = None
+    examples: list[dict[str, str]] = []  # [{"user": ..., "assistant": ...}, ...] as earlier turns
+    parameters: dict[str, Any] = {}  # body parameters used where the caller gives none
+
+
+class Target(msgspec.Struct, frozen=True):
+    """What a model name resolved to: the engine that answers, the name it knows the model by, and the model's card."""
+
+    engine: Any  # an engines.base.Engine
+    model: str
+    card: ModelCard
+    preset: Preset | None = None
+
+
+class Task(msgspec.Struct, frozen=True):
+    """One kind of call: its name, the URL it has, and the check that decodes and validates a body of it.
+
+    check(call) decodes call.body into call.asked once, sets call.model, call.stream and call.target, and raises
+    BadRequest or ModelNotFound.
+    """
+
+    name: str  # "chat", "completion", "embedding"
+    path: str
+    check: Callable[[Call], None]
+
+
+class Sink(Protocol):
+    """Where a Reply goes in the end: a client's socket, or memory (engines.base.Collector)."""
+
+    def begin(self, status: int, headers: Sequence[bytes]) -> None: ...
+    def write(self, data: bytes) -> None: ...
+    def end(self, outcome: str) -> None: ...
+
+
+class Source(Protocol):
+    """What can be paused while the client reads slowly: a transport."""
+
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+
+
+FINISHED, FAILED, CLIENT_LEFT, DEADLINE, STOPPED = "finished", "failed", "client_left", "deadline", "stopped"
+
+
+class Reply:
+    """A pipe from an engine to a client.
+
+    On the way down stages hang on it what they want to see on the way up: tap(see) sees each piece, rewrite(change)
+    changes it, on_close(settle) is told once how the call ended. The engine then calls begin, push for every piece, and
+    close, or fail at any time. A piece of a stream is one or more whole server-sent events, wire bytes; an answer that
+    is not a stream is one piece. What was hung last, by the innermost stage, runs first.
+
+    Outcomes: finished, failed (self.error says why), client_left, deadline, stopped.
+    """
+
+    __slots__ = (
+        "sink", "stream", "headers", "status", "begun", "closed", "outcome", "error", "usage", "source", "recover",
+        "_steps", "_closers", "_paused",
+    )  # fmt: skip
+
+    def __init__(self, sink: Sink, stream: bool = False) -> None:
+        self.sink = sink
+        self.stream = stream
+        self.headers: list[bytes] = []  # lines as on the wire, each ending in CRLF
+        self.status = 0
+        self.begun = self.closed = False
+        self.outcome: str | None = None
+        self.error: TertuliaError | None = None
+        self.usage: Usage | None = None  # set by an engine that counts itself; the meter reads others' from the wire
+        self.source: Source | None = None
+        self.recover: Callable[[TertuliaError], bool] | None = None  # route's: takes over a failure before begin
+        self._steps: list[tuple[Callable[[bytes], Any], bool]] = []
+        self._closers: list[Callable[[str], None]] = []
+        self._paused = False
+
+    def header(self, name: str, value: str) -> None:
+        """Adds a response header; no effect on the wire once begun. Line breaks cannot get in."""
+        line = f"{name}: {value}".replace("\r", " ").replace("\n", " ")
+        self.headers.append(line.encode("latin-1", "replace") + b"\r\n")
+
+    def tap(self, see: Callable[[bytes], None]) -> None:
+        self._steps.insert(0, (see, False))
+
+    def rewrite(self, change: Callable[[bytes], bytes]) -> None:
+        """change(piece) returns the piece to pass on; b"" swallows it."""
+        self._steps.insert(0, (change, True))
+
+    def on_close(self, settle: Callable[[str], None]) -> None:
+        self._closers.append(settle)
+
+    def begin(self, status: int = 200) -> None:
+        """The status is settled: from here on errors travel inside the stream."""
+        if self.begun or self.closed:
+            return
+        self.begun, self.status = True, status
+        self.sink.begin(status, self.headers)
+
+    def push(self, data: bytes) -> None:
+        if self.closed:
+            return
+        for step, changes in self._steps:
+            if changes:
+                data = step(data)
+                if not data:
+                    return
+            else:
+                step(data)
+        self.sink.write(data)
+
+    def fail(self, error: TertuliaError) -> None:
+        """The engine or a stage gives up: another target may take over, else the client gets a status or an event."""
+        if self.closed:
+            return
+        if not self.begun and self.recover is not None and self.recover(error):
+            return
+        self.error = error
+        if not self.begun:
+            for name, value in retry_headers(error):
+                self.header(name, value)
+            self.stream = False  # an error before the first byte is an ordinary answer, whatever was asked for
+            self.begin(error.status)
+            self.sink.write(error.body())
+        else:
+            self.sink.write(error.event())
+        self.close(DEADLINE if isinstance(error, DeadlineExceeded) else FAILED)
+
+    def close(self, outcome: str = FINISHED) -> None:
+        """Ends the call, once; closers run last hung first, then the client gets the last byte."""
+        if self.closed:
+            return
+        self.closed, self.outcome = True, outcome
+        for settle in reversed(self._closers):
+            settle(outcome)
+        self._steps.clear()
+        self._closers.clear()
+        self.source = self.recover = None
+        self.sink.end(outcome)
+
+    def pause(self) -> None:
+        """The client reads slowly: stop reading from the engine's socket until resume."""
+        self._paused = True
+        if self.source is not None:
+            self.source.pause_reading()
+
+    def resume(self) -> None:
+        self._paused = False
+        if self.source is not None:
+            self.source.resume_reading()
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+
+def retry_headers(error: TertuliaError) -> list[tuple[str, str]]:
+    """The headers by which the SDK decides whether and when to try again (see its _should_retry)."""
+    headers = list(error.headers)
+    if error.retry is not None:
+        headers.append(("x-should-retry", "true" if error.retry else "false"))
+    if error.retry_after is not None:
+        headers.append(("retry-after", str(max(1, round(error.retry_after + 0.499)))))
+        headers.append(("retry-after-ms", str(max(1, round(error.retry_after * 1000)))))
+    return headers
+
+
+class Call:
+    """One request for an answer of a model, from whoever makes it; lives as long as the answer does.
+
+    deadline is in seconds of the loop's clock, None for no limit. refusal is what the edge already found wrong (a bad
+    key, a broken body): it travels so that the meter, which is outermost, records it.
+    """
+
+    __slots__ = (
+        "id", "principal", "task", "body", "asked", "model", "stream", "target", "deadline", "reply", "refusal",
+        "began", "retry_count", "client",
+    )  # fmt: skip
+
+    def __init__(self, id: str, principal: Principal, task: Task, body: bytes, reply: Reply, began: int) -> None:
+        self.id = id
+        self.principal = principal
+        self.task = task
+        self.body = body
+        self.asked: Any = None
+        self.model = ""
+        self.stream = False
+        self.target: Target | None = None
+        self.deadline: float | None = None
+        self.reply = reply
+        self.refusal: TertuliaError | None = None
+        self.began = began  # time.perf_counter_ns() at the first byte
+        self.retry_count = 0
+        self.client = ""
+
+
+Next = Callable[[Call], Awaitable[None]]
+Stage = Callable[[Call, Next], Awaitable[None]]
+
+__all__ = [
+    "CLIENT_LEFT", "DEADLINE", "FAILED", "FINISHED", "NOBODY", "STOPPED", "Call", "EngineFailed", "ModelCard", "Next",
+    "Overloaded", "Preset", "Principal", "Reply", "Sink", "Source", "Stage", "Target", "Task", "Usage", "retry_headers",
+]  # fmt: skip

@@ -1,0 +1,164 @@
+"""The exceptions of Tertulia, each with the HTTP status, type and code by which the official SDK knows it.
+
+    TertuliaError                     500 server_error
+    ├── BadRequest                    400 invalid_request_error; `param` names the culprit, `code` says what is wrong with it
+    │   └── ContextLengthExceeded     400 context_length_exceeded
+    ├── Unauthorized                  401; invalid_api_key where a key was sent
+    ├── Forbidden                     403 insufficient_permissions
+    ├── NotFound                      404
+    │   └── ModelNotFound             404 model_not_found
+    ├── MethodNotAllowed              405
+    ├── Conflict                      409
+    ├── TooLarge                      413
+    ├── RateLimited                   429 rate_limit_exceeded, worth another try after `retry_after` seconds
+    ├── QuotaExceeded                 429 insufficient_quota, not worth another try
+    ├── Overloaded                    503 server_is_overloaded, worth another try
+    ├── DeadlineExceeded              504 the call took longer than its deadline
+    ├── EngineFailed                  502 what should have answered broke (crashed child, bad upstream answer)
+    └── SettingsError                 never sent: a configuration that cannot be used; the CLI prints it and exits with 2
+
+The message of each is the sentence a caller reads; it holds no key, no prompt and no path of the server.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+encode = msgspec.json.Encoder().encode
+
+
+class TertuliaError(Exception):
+    """The server had an error while processing your request. Sorry about that!"""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+    retry: bool | None = None  # what x-should-retry says; None leaves the choice to the client
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        type: str | None = None,
+        retry_after: float | None = None,
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        """`retry_after` is in seconds; `headers` are sent with the answer as they are."""
+        self.message = message or (self.__doc__ or "").strip()
+        super().__init__(self.message)
+        self.param = param
+        self.retry_after = retry_after
+        self.headers = headers
+        if code is not None:
+            self.code = code
+        if type is not None:
+            self.type = type
+
+    def body(self) -> bytes:
+        """The JSON body, all four keys present as the SDK expects."""
+        return encode(
+            {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        )
+
+    def event(self) -> bytes:
+        """The same as a server-sent event, for a stream that has begun: the SDK raises APIError on it."""
+        return b"data: " + self.body() + b"\n\n"
+
+
+class BadRequest(TertuliaError):
+    """The request could not be understood."""
+
+    status, type, retry = 400, "invalid_request_error", False
+
+
+class ContextLengthExceeded(BadRequest):
+    """The prompt does not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class Unauthorized(TertuliaError):
+    """You didn't provide an API key."""
+
+    status, type, retry = 401, "invalid_request_error", False
+
+
+class Forbidden(TertuliaError):
+    """You have insufficient permissions for this operation."""
+
+    status, type, retry = 403, "invalid_request_error", False
+    code = "insufficient_permissions"
+
+
+class NotFound(TertuliaError):
+    """There is nothing of that name here."""
+
+    status, type, retry = 404, "invalid_request_error", False
+
+
+class ModelNotFound(NotFound):
+    """The model does not exist or you do not have access to it."""
+
+    code = "model_not_found"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model `{model}` does not exist or you do not have access to it.")
+
+
+class MethodNotAllowed(TertuliaError):
+    """That method is not allowed here."""
+
+    status, type, retry = 405, "invalid_request_error", False
+
+
+class Conflict(TertuliaError):
+    """The object's state forbids it."""
+
+    status, type, retry = 409, "invalid_request_error", False
+
+
+class TooLarge(TertuliaError):
+    """The request body is too large."""
+
+    status, type, retry = 413, "invalid_request_error", False
+
+
+class RateLimited(TertuliaError):
+    """Rate limit reached."""
+
+    status, type, retry = 429, "requests", True
+    code = "rate_limit_exceeded"
+
+
+class QuotaExceeded(TertuliaError):
+    """You exceeded your current quota, please check your plan and billing details."""
+
+    status, type, retry = 429, "insufficient_quota", False
+    code = "insufficient_quota"
+
+
+class Overloaded(TertuliaError):
+    """The model is temporarily overloaded. Please try again later."""
+
+    status, type, retry = 503, "service_unavailable_error", True
+    code = "server_is_overloaded"
+
+
+class DeadlineExceeded(TertuliaError):
+    """The request took longer than it may."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+
+class EngineFailed(TertuliaError):
+    """The model stopped working while it answered. It is being restarted; please try again."""
+
+    status, retry = 502, True
+    code = "engine_failed"
+
+
+class SettingsError(TertuliaError):
+    """The configuration cannot be used."""
