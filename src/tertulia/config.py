@@ -55,7 +55,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     host: Annotated[str, Meta(description="address to listen on; anything but loopback exposes the server")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="port to listen on; 0 lets the system choose")] = 8000
-    data: Annotated[str, Meta(description="directory of everything that is kept")] = "data"
+    data: Annotated[str, Meta(description="directory of everything that is kept")] = "~/.local/share/tertulia"
     config: Annotated[str | None, Meta(description="TOML file with settings")] = None
     api_key: Annotated[str | None, Meta(description="project key to use at first start instead of a random one")] = None
     admin_key: Annotated[str | None, Meta(description="admin key to use at first start instead of a random one")] = None

@@ -185,6 +185,7 @@ class Mock:
             asked = ASKED.decode(call.body)
         except msgspec.DecodeError as error:
             raise BadRequest(f"The body cannot be used: {error}.") from None
+        _refuse_unable(call)
         script = asked.script()
         model = call.target.model if call.target is not None else call.model
         made = {"chat": _Chat, "completion": _Completion, "embedding": _Embedding}[call.task.name](model, asked, script)
@@ -632,6 +633,38 @@ def embedding(text: str, dimensions: int = DIMENSIONS) -> list[float]:
     if not length:  # the signs cancelled out
         vector[len(text) % dimensions] = length = 1.0
     return [value / length for value in vector]
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+UNABLE = ("audio", "web_search_options")
+
+
+def _refuse_unable(call: Call) -> None:
+    """What the check let pass because an engine might know it. Raises BadRequest that names the parameter."""
+    if (
+        call.target.model if call.target is not None else call.model
+    ) == "mock-embedding" and call.task.name != "embedding":
+        raise BadRequest("The model `mock-embedding` only embeds.", param="model", code="model_not_supported")
+    if call.asked is None:
+        return
+    known = {*type(call.asked).__struct_fields__, "mock"}
+    for name in msgspec.json.decode(call.body, type=dict[str, msgspec.Raw]):
+        if name not in known:
+            raise BadRequest(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+    for name in UNABLE:
+        if getattr(call.asked, name, None) is not None:
+            raise BadRequest(
+                f"Unsupported parameter: '{name}' is not supported with this model.",
+                param=name,
+                code="unsupported_parameter",
+            )
+    if "audio" in (getattr(call.asked, "modalities", None) or ()):
+        raise BadRequest(
+            "Unsupported value: 'modalities' does not support 'audio' with this model.",
+            param="modalities",
+            code="unsupported_value",
+        )
 
 
 # How it is put -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from tertulia.api.chat import task as chat_task
 from tertulia.core import CLIENT_LEFT, FAILED, FINISHED, NOBODY, Call, Reply, Target, Task, Usage
 from tertulia.engines.base import Collector
 from tertulia.engines.mock import Mock, embedding
@@ -479,9 +480,7 @@ def test_a_long_stream_lets_others_in() -> None:
         await Mock().answer(call)
         assert sink.outcome is None and len(sink.pieces) < 200
         await asyncio.wait_for(sink.done(), 5)
-        assert (
-            sink.outcome == FINISHED and len(sink.pieces) == 5000 + 4
-        )  # role, 5000 words, a last space, finish, [DONE]
+        assert sink.outcome == FINISHED and len(sink.pieces) == 5000 + 3  # role, words, finish, [DONE]
 
     asyncio.run(run())
 
@@ -587,3 +586,28 @@ def test_embeddings_break_as_told(make: Callable[[], tuple[Call, Collector, byte
 def test_it_offers_two_models_and_is_ready() -> None:
     assert [(card.id, card.kind) for card in Mock().models()] == [("mock", "chat"), ("mock-embedding", "embedding")]
     assert asyncio.run(Mock().ready("mock"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"banana": 1}, "banana"),
+        ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"web_search_options": {}}, "web_search_options"),
+    ],
+)
+def test_what_it_cannot_do_is_a_400_that_names_the_parameter(wrong: dict[str, Any], param: str) -> None:
+    call, _ = prepare({"model": "mock", "messages": HELLO, **wrong})
+    chat_task(lambda call, model: None).check(call)
+    with pytest.raises(BadRequest) as refused:
+        asyncio.run(Mock().answer(call))
+    assert refused.value.param == param
+
+
+def test_the_embedding_model_does_not_chat() -> None:
+    call, _ = prepare({"model": "mock-embedding", "messages": HELLO})
+    call.target = Target(engine=None, model="mock-embedding", card=Mock().models()[1])
+    with pytest.raises(BadRequest) as refused:
+        asyncio.run(Mock().answer(call))
+    assert refused.value.param == "model"
