@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
 
 from . import __version__
-from .errors import TertuliaError
+from .errors import SettingsError, TertuliaError
+from .repl import add_chat
+
+if TYPE_CHECKING:
+    from .server import Server
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options) or 0)
     except TertuliaError as error:
         print(f"tertulia: {error.message}", file=sys.stderr)
-        return 2 if type(error).__name__ == "SettingsError" else 1
+        return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
         return 130
 
@@ -43,6 +49,26 @@ def build_parser() -> Parser:
     serve_parser = commands.add_parser("serve", help="run the server", description="Runs the server until Ctrl-C.")
     add_settings(serve_parser)
     serve_parser.set_defaults(run=serve)
+    add_chat(commands.add_parser("chat", help="talk to a model in the terminal"))
+    pull_parser = commands.add_parser(
+        "pull", help="fetch models", description="Fetches models: NAME from the catalogue, or hf:ORG/REPO/FILE.gguf."
+    )
+    pull_parser.add_argument("names", nargs="*", metavar="NAME", help="what to fetch; the default models if none is given")
+    add_place(pull_parser)
+    pull_parser.set_defaults(run=pull)
+    models_parser = commands.add_parser(
+        "models", help="list, verify and remove models", description="Lists the models that are known and installed."
+    )
+    models_parser.add_argument("--remove", action="append", default=[], metavar="NAME", help="delete a model's file")
+    models_parser.add_argument("--verify", action="append", default=[], metavar="NAME", help="hash a model's file again")
+    models_parser.add_argument("--json", action="store_true", help="print everything that is known, as JSON")
+    add_place(models_parser)
+    models_parser.set_defaults(run=models)
+    try:
+        from .doctor import add_doctor
+    except ImportError:
+        return parser
+    add_doctor(commands.add_parser("doctor", help="check machine, models, port and permissions"))
     return parser
 
 
@@ -59,6 +85,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         else:
             convert = {"number": _number, "text": str}[row.shape]
             parser.add_argument(row.flag, type=convert, metavar=row.name.split("_")[-1].upper(), **kind)
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """The two settings that say where things are, for commands that serve nothing."""
+    parser.add_argument("--data", metavar="DIR", help="directory of everything that is kept")
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
 
 
 def _number(text: str) -> float | int:
@@ -82,11 +114,63 @@ def serve(options: argparse.Namespace) -> int:
 
     settings = settings_of(options)
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    from .server import Server, run
-
-    def announce(server: Server) -> None:
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        print(f"Tertulia {__version__} answers on http://{host}:{server.port}/v1", flush=True)
+    from .server import run
 
     run(settings, announce)
+    return 0
+
+
+def announce(server: Server) -> None:
+    """Where the server is, what it serves, what is still loading, and the two lines a client needs.
+
+    The key is printed at first start and to a terminal; elsewhere (a service's log) the file that holds it is named.
+    """
+    print(f"Tertulia {__version__} answers on {server.base_url}")
+    for name, state in server.states().items():
+        print(f"  {name:32} {state}" + (f" (tertulia pull {name})" if state == "missing" else ""))
+    others = [card.id for card in server.names.listed() if card.id not in server.states()]
+    if others:
+        print(f"  also {', '.join(others)}")
+    print(f"  data in {server.data}\n")
+    if server.first_keys or sys.stdout.isatty():
+        print(f"export OPENAI_BASE_URL={server.base_url}\nexport OPENAI_API_KEY={server.own_key()}\n", flush=True)
+    else:
+        print(f". {server.data / 'client.env'}    # sets OPENAI_BASE_URL and OPENAI_API_KEY\n", flush=True)
+
+
+def pull(options: argparse.Namespace) -> int:
+    from .engines.models import pull_all
+    from .server import shelf_of, wanted
+
+    settings = settings_of(options)
+    shelf = shelf_of(settings)
+    names = options.names or wanted(settings)
+    for name, path in zip(names, pull_all(names, shelf), strict=True):
+        print(f"{name}: {path}")
+    return 0
+
+
+def models(options: argparse.Namespace) -> int:
+    from .server import shelf_of
+
+    shelf = shelf_of(settings_of(options))
+    if options.remove or options.verify:
+        for name in options.remove:
+            shelf.remove(name)
+            print(f"{name}: removed")
+        for name in options.verify:
+            print(f"{name}: as it was fetched (SHA-256 {shelf.verify(name).sha256})")
+        return 0
+    installed = {card.id: card for card in shelf.installed()}
+    cards = {**{id: known.card for id, known in shelf.catalog.items()}, **installed}
+    if options.json:
+        rows = [{**msgspec.to_builtins(card), "installed": id in installed} for id, card in cards.items()]
+        print(msgspec.json.format(msgspec.json.encode(rows)).decode())
+        return 0
+    for id, card in cards.items():
+        size = f"{(card.bytes or 0) / 1e6:.0f} MB"
+        state = "installed" if id in installed else "not installed"
+        print(f"{id:32} {card.kind:10} {size:>8}  {card.context_length or '?':>7} tokens  {card.licence or '?':12} {state}")
+    for id in shelf.damaged():
+        print(f"{id}: damaged; `tertulia pull {id}` fetches it again", file=sys.stderr)
     return 0

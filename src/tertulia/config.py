@@ -21,9 +21,9 @@ from .errors import SettingsError
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0, le=2_678_400)]  # a month; infinity is no number for a timer
 NotNegative = Annotated[int, Meta(ge=0)]
-Dollars = Annotated[float, Meta(ge=0)]
+Dollars = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 class LocalModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,8 +32,8 @@ class LocalModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     file: Annotated[str | None, Meta(description="a GGUF file on disk")] = None
     source: Annotated[str | None, Meta(description="a catalogue name, or hf:ORG/REPO/FILE.gguf")] = None
     kind: Annotated[str | None, Meta(description="chat, completion or embedding; read from the file if not given")] = None
-    context_length: Annotated[int | None, Meta(description="tokens per request; the model's own if not given")] = None
-    parallel: Annotated[int | None, Meta(description="requests answered at the same time")] = None
+    context_length: Annotated[Positive | None, Meta(description="tokens per request; the model's own if not given")] = None
+    parallel: Annotated[Positive | None, Meta(description="requests answered at the same time")] = None
     lora: Annotated[list[str], Meta(description="GGUF LoRA adapters to load")] = []
     sampling: Annotated[dict[str, float], Meta(description="sampling defaults where a caller gives none")] = {}
 
@@ -73,7 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     memory_budget: Annotated[Positive, Meta(description="MB that loaded local models may use together")] = 4096
     parallel: Annotated[Positive, Meta(description="requests a local model answers at the same time")] = 8
     context_length: Annotated[
-        int | None, Meta(description="tokens a local model holds per request; the model's own, at most 8192, if not given")
+        Positive | None, Meta(description="tokens a local model holds per request; the model's own, at most 8192, if not given")
     ] = None
     threads: Annotated[NotNegative, Meta(description="CPU threads of a local engine; 0: one per core")] = 0
     load_timeout: Annotated[Seconds, Meta(description="seconds a local model may take to load")] = 120.0
@@ -158,6 +158,7 @@ def load(flags: Mapping[str, Any] | None = None, environment: Mapping[str, str] 
     """
     environment = os.environ if environment is None else environment
     given = {name: value for name, value in (flags or {}).items() if value is not None}
+    _refuse_unknown(given, Settings, "")
     path = given.get("config") or environment.get("TERTULIA_CONFIG")
     values: dict[str, Any] = _read_file(path) if path else {}
     origin = {name: f"{path}: {name}" for name in values}
@@ -174,10 +175,28 @@ def load(flags: Mapping[str, Any] | None = None, environment: Mapping[str, str] 
     try:
         return msgspec.convert(values, Settings, strict=True)
     except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `$.")
-        where = where.rstrip("`")
+        what, where = _parted(error)
         name = where.split(".")[0].split("[")[0]
+        if "[...]" in where:
+            what, where = _entry(name, values[name])
         raise SettingsError(f"{origin.get(name, name)}{where[len(name) :]}: {_plain(what)}") from None
+
+
+def _parted(error: msgspec.ValidationError) -> tuple[str, str]:
+    """What is wrong, and the path to where."""
+    what, _, where = str(error).partition(" - at `")
+    return what, where.replace("key` in `", "").rstrip("`").removeprefix("$.")
+
+
+def _entry(name: str, entries: Mapping[str, Any]) -> tuple[str, str]:
+    """The first wrong entry of a table; msgspec says [...] for its name."""
+    for entry, value in entries.items():
+        try:
+            msgspec.convert({name: {entry: value}}, Settings, strict=True)
+        except msgspec.ValidationError as error:
+            what, where = _parted(error)
+            return what, where.replace("[...]", f".{entry}", 1).replace("[...]", "")
+    raise AssertionError("one of the entries is wrong")
 
 
 def _plain(what: str) -> str:
@@ -208,7 +227,9 @@ def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     for name in environment:
         # TERTULIA_TEST_* belongs to the test-suite
         if name.startswith("TERTULIA_") and name not in known and not name.startswith("TERTULIA_TEST_"):
-            raise SettingsError(f"{name}: there is no such setting{_nearest(name, known)}")
+            # without the prefix, which would make every name near to every other
+            near = _nearest(name[9:], {row[9:] for row in known}).replace("mean ", "mean TERTULIA_")
+            raise SettingsError(f"{name}: there is no such setting{near}")
 
 
 def _read_file(path: str | os.PathLike[str]) -> dict[str, Any]:

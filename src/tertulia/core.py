@@ -95,7 +95,10 @@ class Task(msgspec.Struct, frozen=True):
 
 
 class Sink(Protocol):
-    """Where a Reply goes in the end: a client's socket, or memory (engines.base.Collector)."""
+    """Where a Reply goes in the end: a client's socket, or memory (engines.base.Collector).
+
+    An answer that is not a stream may begin again, as an error: what was written before is dropped.
+    """
 
     def begin(self, status: int, headers: Sequence[bytes]) -> None: ...
     def write(self, data: bytes) -> None: ...
@@ -149,6 +152,7 @@ class Reply:
         self.headers.append(line.encode("latin-1", "replace") + b"\r\n")
 
     def tap(self, see: Callable[[bytes], None]) -> None:
+        """see(piece) is called with each piece, as the steps hung after this one leave it."""
         self._steps.insert(0, (see, False))
 
     def rewrite(self, change: Callable[[bytes], bytes]) -> None:
@@ -156,7 +160,11 @@ class Reply:
         self._steps.insert(0, (change, True))
 
     def on_close(self, settle: Callable[[str], None]) -> None:
-        self._closers.append(settle)
+        """settle(outcome) is called once, whatever ends the call; at once if it has ended already."""
+        if self.outcome is not None:  # the client left before the stage had its turn
+            settle(self.outcome)
+        else:
+            self._closers.append(settle)
 
     def begin(self, status: int = 200) -> None:
         """The status is settled: from here on errors travel inside the stream."""
@@ -166,6 +174,7 @@ class Reply:
         self.sink.begin(status, self.headers)
 
     def push(self, data: bytes) -> None:
+        """One piece of the answer, through every tap and rewrite to the client; ignored after close."""
         if self.closed:
             return
         for step, changes in self._steps:
@@ -184,7 +193,8 @@ class Reply:
         if not self.begun and self.recover is not None and self.recover(error):
             return
         self.error = error
-        if not self.begun:
+        if not self.begun or not self.stream:  # of an answer in one piece nothing has left yet
+            self.begun = False
             for name, value in retry_headers(error):
                 self.header(name, value)
             self.stream = False  # an error before the first byte is an ordinary answer, whatever was asked for
@@ -195,16 +205,26 @@ class Reply:
         self.close(DEADLINE if isinstance(error, DeadlineExceeded) else FAILED)
 
     def close(self, outcome: str = FINISHED) -> None:
-        """Ends the call, once; closers run last hung first, then the client gets the last byte."""
+        """Ends the call, once; closers run last hung first, then the client gets the last byte.
+
+        An error of a closer is raised when all that is done.
+        """
         if self.closed:
             return
         self.closed, self.outcome = True, outcome
+        broken: Exception | None = None
         for settle in reversed(self._closers):
-            settle(outcome)
+            try:
+                settle(outcome)
+            except Exception as error:
+                # whatever broke one closer (a full disk, say), the others settle and the call ends
+                broken = broken or error
         self._steps.clear()
         self._closers.clear()
         self.source = self.recover = None
         self.sink.end(outcome)
+        if broken is not None:
+            raise broken
 
     def pause(self) -> None:
         """The client reads slowly: stop reading from the engine's socket until resume."""
@@ -213,12 +233,14 @@ class Reply:
             self.source.pause_reading()
 
     def resume(self) -> None:
+        """The client has caught up: read on."""
         self._paused = False
         if self.source is not None:
             self.source.resume_reading()
 
     @property
     def paused(self) -> bool:
+        """Whether the client is behind; for a source that connects later."""
         return self._paused
 
 

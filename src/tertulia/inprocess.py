@@ -8,12 +8,14 @@ import atexit
 import threading
 from typing import TYPE_CHECKING, Any
 
+from .accounts import client_env
 from .config import Settings, load
 from .errors import SettingsError, TertuliaError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
+DEFAULT_URL = "http://127.0.0.1:8000/v1"
 START_SECONDS = 30.0  # a start takes well under a second; models load on first use
 
 _running: dict[tuple[tuple[str, Any], ...], Background] = {}
@@ -32,8 +34,10 @@ class Background:
         fetch_models(settings)
         self._server = Server(settings)
         self._listener = listen(settings.host, settings.port)
-        self.port: int = self._listener.getsockname()[1]
-        self.base_url = f"http://{settings.host}:{self.port}/v1"
+        self._server.port = self._listener.getsockname()[1]
+        self.base_url = self._server.base_url
+        if self._server.first_keys:  # shown nowhere else, and this port will not come again: as `serve` would have it
+            client_env.write(self._server.data, DEFAULT_URL, *self._server.first_keys)
         self.api_key = self._server.own_key()
         self._thread = threading.Thread(target=self._run, name="tertulia", daemon=True)
         self._thread.start()

@@ -6,22 +6,30 @@ import asyncio
 import errno
 import logging
 import os
+import secrets
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 import uvloop
+from msgspec.structs import replace
 
+from .accounts import client_env
 from .accounts.directory import Directory
 from .accounts.ledger import Ledger
 from .accounts.prices import NANO, Prices
 from .api import app, chat, completions, embeddings, models
 from .api.http import Front
-from .config import Settings
+from .config import LocalModel, Settings
+from .core import ModelCard
 from .engines.base import Engine
-from .errors import SettingsError, Unauthorized
+from .engines.catalog import CATALOG, PullFailed
+from .engines.gguf import BadModelFile
+from .engines.models import Shelf, card_of, pull_all
+from .errors import ModelNotFound, SettingsError, Unauthorized
 from .gateway.admit import Admit
 from .gateway.cache import cache
 from .gateway.guard import guard
@@ -50,12 +58,36 @@ class Server:
         self.engines: list[Engine] = []
         self.names: Names
         self.port = settings.port
+        self._states: dict[str, str] = {}
         self._uvicorn: uvicorn.Server | None = None
+
+    @property
+    def base_url(self) -> str:
+        host = self.settings.host
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        return f"http://{host}:{self.port}/v1"
+
+    def own_key(self) -> str:
+        """A project key for whoever owns the data directory: the one of the first start, or of the settings, or new."""
+        keys = client_env.read(self.data)
+        key = self.first_keys[0] if self.first_keys else self.settings.api_key or keys.get("OPENAI_API_KEY", "")
+        try:
+            self.directory.authenticate(key.encode())
+        except Unauthorized:
+            key = f"sk-proj-{secrets.token_urlsafe(32)}"
+            organization, project = self.directory.home()
+            self.directory.add_key(key, "project", organization, project, "client.env")
+        return key
+
+    def write_client_env(self) -> None:
+        """Writes DATA/client.env for the address and keys in force."""
+        admin = self.first_keys[1] if self.first_keys else client_env.read(self.data).get("OPENAI_ADMIN_KEY")
+        client_env.write(self.data, self.base_url, self.own_key(), admin)
 
     def _compose(self) -> tuple[Front, Any]:
         """The stages, the tasks and the app; needs the running loop."""
         settings = self.settings
-        self.engines = engines(settings, self.data)
+        self.engines = engines(settings, shelf_of(settings))
         defaults = {CHAT: settings.chat_model, EMBEDDING: settings.embedding_model}
         self.names = Names(self.engines, settings.presets, settings.aliases, defaults, settings.strict_models)
         self.ledger = Ledger(self.data)
@@ -73,22 +105,16 @@ class Server:
             max_body=settings.max_body * 2**20, read_timeout=settings.read_timeout, keep_alive=settings.keep_alive,
             max_connections=settings.max_connections,
         )  # fmt: skip
-        return front, app.build(tasks, models.routes(self.names), self.directory, self.ready, self.meter.exposition)
+        return front, app.build(tasks, models.routes(self.names), self.directory, self.states, self.meter.exposition)
 
-    async def ready(self) -> dict[str, str]:
-        """For each default model: ready, loading, or missing."""
-        states = {}
-        for name in (self.settings.chat_model, self.settings.embedding_model):
-            target = self.names.find(name) if any(card.id == name for card in self.names.listed()) else None
-            if target is None:
-                states[name] = "missing"
-            else:
-                states[name] = "ready" if await target.engine.ready(target.model) else "loading"
-        return states
+    def states(self) -> dict[str, str]:
+        """For each default model: ready, loading, missing, or failed."""
+        return dict(self._states)
 
     async def serve(self, listener: socket.socket, started: Callable[[], None] | None = None) -> None:
         """Serves on a bound socket until stop() or a signal; started is called when requests are answered."""
         front, cold = self._compose()
+        self._states = self._default_models()
         config = uvicorn.Config(
             cold, http=front, loop="none", lifespan="off", access_log=False, log_config=None, ws="none",  # type: ignore[arg-type]
             server_header=False, date_header=False, timeout_graceful_shutdown=int(GRACE_SECONDS),
@@ -103,15 +129,22 @@ class Server:
             front.stop()
             await self._close()
 
-    async def _preload(self) -> None:
-        if not self.settings.preload:
-            return
-        for state_of in (self.settings.chat_model, self.settings.embedding_model):
+    def _default_models(self) -> dict[str, str]:
+        """The default models and how far they are; one that is not installed is missing until it is pulled."""
+        states = {}
+        for name in (self.settings.chat_model, self.settings.embedding_model):
             try:
-                target = self.names.find(state_of)
-                await target.engine.ready(target.model)
-            except Exception as error:  # a model that does not load is said by doctor, readyz and its first call
-                log.warning("the model %s cannot be loaded yet: %s", state_of, error)
+                self.names.find(name)
+                states[name] = "loading" if self.settings.preload else "ready"
+            except ModelNotFound:
+                states[name] = "missing"
+        return states
+
+    async def _preload(self) -> None:
+        for name, state in self._states.items():
+            if state == "loading":
+                target = self.names.find(name)
+                self._states[name] = "ready" if await target.engine.ready(target.model) else "failed"
 
     async def _close(self) -> None:
         for engine in self.engines:
@@ -140,7 +173,7 @@ class _Uvicorn(uvicorn.Server):
             self._tell()
 
 
-def engines(settings: Settings, data: Path) -> list[Engine]:
+def engines(settings: Settings, shelf: Shelf) -> list[Engine]:
     """Everything that answers, by what the settings name; each is imported only if it is wanted."""
     found: list[Engine] = []
     if settings.mock:
@@ -156,7 +189,79 @@ def engines(settings: Settings, data: Path) -> list[Engine]:
                 upstream.organization, upstream.project, upstream.connect_timeout,
             )
         )  # fmt: skip
+    models = LocalModels(settings, shelf)
+    if models.cards:
+        from .engines.children import Children
+        from .engines.local import Local
+
+        found.append(Local(settings, Children(settings, models.path), models.cards))
     return found
+
+
+class LocalModels:
+    """The models of this machine: what is on the shelf, and the files that [models.NAME] names. cards by id."""
+
+    def __init__(self, settings: Settings, shelf: Shelf) -> None:
+        """Raises SettingsError for a file that cannot be served; a source that is not pulled yet is left out."""
+        self.cards: dict[str, ModelCard] = {card.id: card for card in shelf.installed()}
+        self._shelf = shelf
+        self._files: dict[str, Path] = {}
+        for name, model in settings.models.items():
+            card = self._named(name, model)
+            if card is not None:
+                sampling = {**card.sampling, **model.sampling}
+                self.cards[name] = replace(card, id=name, kind=model.kind or card.kind, sampling=sampling)
+
+    def _named(self, name: str, model: LocalModel) -> ModelCard | None:
+        if model.file is not None and model.source is not None:
+            raise SettingsError(f"models.{name}: give either file or source, not both")
+        if model.file is not None:
+            path = Path(model.file).expanduser()
+            try:
+                card = card_of(path, id=name)
+            except (OSError, BadModelFile) as error:
+                raise SettingsError(f"models.{name}.file: {error}") from None
+            self._files[name] = path
+            return card
+        found = self._shelf.card(model.source or name)
+        path_found = self._shelf.path(model.source or name)
+        if found is not None and path_found is not None:
+            self._files[name] = path_found
+        elif model.source is None and name not in self._shelf.catalog:
+            raise SettingsError(f"models.{name}: give a file or a source")
+        return found
+
+    def path(self, id: str) -> Path | None:
+        return self._files.get(id) or self._shelf.path(id)
+
+
+def wanted(settings: Settings) -> list[str]:
+    """What must be fetched before these settings can be served: defaults of the catalogue, and sources of models."""
+    elsewhere = {name for upstream in settings.upstreams.values() for name in upstream.models}
+    names = [model.source for model in settings.models.values() if model.source]
+    for name in (settings.chat_model, settings.embedding_model):
+        if name in CATALOG and name not in elsewhere:
+            names.append(name)
+    return names
+
+
+def fetch_models(settings: Settings) -> list[str]:
+    """Fetches what is wanted and not there, with progress on standard error; says what could not be had.
+
+    A model that cannot be fetched does not keep the others from being served: it is missing until it is pulled.
+    """
+    shelf, failed = shelf_of(settings), []
+    for name in wanted(settings):
+        try:
+            pull_all([name], shelf)
+        except (PullFailed, BadModelFile) as error:
+            print(f"tertulia: {error.message}", file=sys.stderr)
+            failed.append(name)
+    return failed
+
+
+def shelf_of(settings: Settings) -> Shelf:
+    return Shelf(prepare_data(settings.data_dir) / "models")
 
 
 def reference(text: str | None, setting: str) -> str | None:
@@ -219,7 +324,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run(settings: Settings, announce: Callable[[Server], None] | None = None) -> None:
     """Builds a server and serves until it is told to stop; announce is called when it listens."""
+    listener = listen(settings.host, settings.port)  # before anything that takes time: a taken port is said at once
+    fetch_models(settings)
     server = Server(settings)
-    listener = listen(settings.host, settings.port)
     server.port = listener.getsockname()[1]
+    server.write_client_env()
     uvloop.run(server.serve(listener, (lambda: announce(server)) if announce is not None else None))

@@ -9,6 +9,7 @@ import os
 import secrets
 import time
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Engine, insert, select
 
@@ -58,43 +59,51 @@ class Directory:
         return self.add_keys([key], kind, organization, project, name)[0]
 
     def add_keys(self, keys: list[str], kind: str, organization: str, project: str | None, name: str) -> list[str]:
-        now, rows = int(time.time()), []
-        for key in keys:
-            rows.append(
-                {
-                    "id": f"key_{secrets.token_hex(12)}", "kind": kind, "organization_id": organization,
-                    "project_id": project, "name": name, "hash": self._digest(key.encode()), "hint": mask(key),
-                    "created_at": now,
-                }
-            )  # fmt: skip
+        """The same for many keys in one transaction."""
+        now = int(time.time())
+        rows = [self._row(key, kind, organization, project, name, now) for key in keys]
         with self._database.begin() as connection:
             connection.execute(insert(api_keys), rows)
-        for row in rows:
-            self._keys[row["hash"]] = Principal(row["id"], organization, project or "", kind)
+        self._let_in(rows)
         return [row["id"] for row in rows]
+
+    def _row(self, key: str, kind: str, organization: str, project: str | None, name: str, now: int) -> dict[str, Any]:
+        return {
+            "id": f"key_{secrets.token_hex(12)}", "kind": kind, "organization_id": organization, "project_id": project,
+            "name": name, "hash": self._digest(key.encode()), "hint": mask(key), "created_at": now,
+        }  # fmt: skip
+
+    def _let_in(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self._keys[row["hash"]] = Principal(row["id"], row["organization_id"], row["project_id"] or "", row["kind"])
 
     def first_start(self, api_key: str | None, admin_key: str | None) -> tuple[str, str] | None:
         """On an empty directory makes an organization, a project, and their two keys: (project key, admin key).
 
-        None if there is an organization already. Raises SettingsError for a given key that is too weak.
+        None if there is an organization already. Raises SettingsError for a given key that is too weak. All or nothing:
+        a start that fails or is killed here leaves the directory empty.
         """
-        with self._database.begin() as connection:
-            if connection.execute(select(organizations.c.id)).first() is not None:
-                return None
-            now = int(time.time())
-            organization, project = f"org-{secrets.token_hex(12)}", f"proj_{secrets.token_hex(12)}"
-            connection.execute(insert(organizations).values(id=organization, name="Personal", created_at=now))
-            connection.execute(
-                insert(projects).values(id=project, organization_id=organization, name="Default project", created_at=now)
-            )
         keys = (
             _given(api_key, "api_key") or f"sk-proj-{secrets.token_urlsafe(32)}",
             _given(admin_key, "admin_key") or f"sk-admin-{secrets.token_urlsafe(32)}",
         )
         if keys[0] == keys[1]:
             raise SettingsError("api_key and admin_key must differ.")
-        self.add_key(keys[0], "project", organization, project, "Default key")
-        self.add_key(keys[1], "admin", organization, None, "Default admin key")
+        now = int(time.time())
+        organization, project = f"org-{secrets.token_hex(12)}", f"proj_{secrets.token_hex(12)}"
+        rows = [
+            self._row(keys[0], "project", organization, project, "Default key", now),
+            self._row(keys[1], "admin", organization, None, "Default admin key", now),
+        ]
+        with self._database.begin() as connection:
+            if connection.execute(select(organizations.c.id)).first() is not None:
+                return None
+            connection.execute(insert(organizations).values(id=organization, name="Personal", created_at=now))
+            connection.execute(
+                insert(projects).values(id=project, organization_id=organization, name="Default project", created_at=now)
+            )
+            connection.execute(insert(api_keys), rows)
+        self._let_in(rows)
         return keys
 
     def home(self) -> tuple[str, str]:

@@ -4,7 +4,9 @@ last byte leaves. At start the journal is read back, so that money spent stays s
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -30,6 +32,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     outcome: str
 
 
+log = logging.getLogger("tertulia.accounts")
 _encode = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(Entry)
 
@@ -47,14 +50,22 @@ class Ledger:
         """Nano-dollars by project, this month."""
         month = time.strftime("%Y-%m", time.gmtime())
         spent: dict[str, int] = {}
-        for line in self._journal.lines():
-            entry = _decoder.decode(line)
+        for entry in self._entries():
             if entry.cost and time.strftime("%Y-%m", time.gmtime(entry.at)) == month:
                 spent[entry.project] = spent.get(entry.project, 0) + entry.cost
         return spent
 
     def entries(self) -> list[Entry]:
-        return [_decoder.decode(line) for line in self._journal.lines()]
+        """All of them, oldest first."""
+        return list(self._entries())
+
+    def _entries(self) -> Iterator[Entry]:
+        for number, line in enumerate(self._journal.lines(), 1):
+            try:
+                yield _decoder.decode(line)
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                # torn by a crash or a full disk; one broken line must not keep the server from starting
+                log.warning("line %d of the ledger's journal is damaged and was left out", number)
 
     def close(self) -> None:
         self._journal.close()

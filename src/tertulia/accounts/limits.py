@@ -72,12 +72,14 @@ class Allowance:
     def _limited(self, kind: str, bucket: Bucket, wanted: float, model: str, unit: str) -> RateLimited:
         wait = bucket.wait(wanted)
         if wanted > bucket.limit:
-            return RateLimited(
+            refusal = RateLimited(
                 f"Request too large for {model} in organization {self.organization} on {kind} per min ({unit}): "
                 f"Limit {bucket.limit}, Requested {wanted:g}. The input or output tokens must be reduced in order to "
                 "run successfully.",
                 type=kind,
             )
+            refusal.retry = False  # it will never fit
+            return refusal
         return RateLimited(
             f"Rate limit reached for {model} in organization {self.organization} on {kind} per min ({unit}): Limit "
             f"{bucket.limit}, Used {bucket.limit - max(0, int(bucket.level))}, Requested {wanted:g}. Please try again "
@@ -91,7 +93,7 @@ def duration(seconds: float) -> str:
     """As Go prints it, and so the x-ratelimit-reset headers: 17ms, 1.5s, 6m0s, 1h0m0s."""
     milliseconds = int(seconds * 1000 + 0.999)
     if milliseconds < 1000:
-        return f"{milliseconds}ms"
+        return f"{milliseconds}ms" if milliseconds > 0 else "0s"
     whole, rest = divmod(milliseconds, 1000)
     minutes, second = divmod(whole, 60)
     hours, minute = divmod(minutes, 60)

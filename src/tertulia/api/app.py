@@ -4,7 +4,7 @@ path comes through Starlette here.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,16 +22,16 @@ def build(
     tasks: Sequence[Task],
     routes: Sequence[BaseRoute],
     directory: Directory,
-    ready: Callable[[], Awaitable[dict[str, str]]],
+    states: Callable[[], dict[str, str]],
     metrics: Callable[[], bytes],
 ) -> App:
-    """The ASGI app. ready() says for each default model ready, or why not; metrics() is Prometheus' text."""
+    """The ASGI app. states() says of each default model ready, or why not; metrics() is Prometheus' text."""
 
     async def healthz(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def readyz(request: Request) -> Response:
-        models = await ready()
+        models = states()
         fine = all(state == "ready" for state in models.values())
         return JSONResponse({"status": "ready" if fine else "loading", "models": models}, 200 if fine else 503)
 

@@ -17,6 +17,12 @@ from ..errors import BadRequest
 T = TypeVar("T")
 Path = list[str | int]
 
+NOT_JSON = (
+    "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
+    "correctly. The OpenAI API expects a JSON payload, but what was sent was not valid JSON.)"
+)
+ANY = ""  # in a path: some entry of a mapping, whose key msgspec does not tell; no field has an empty name
+
 _NOUNS = {
     "int": "an integer", "float": "a decimal", "str": "a string", "bool": "a boolean", "array": "an array",
     "object": "an object", "null": "null",
@@ -31,20 +37,24 @@ _CHOICE = re.compile(r"Invalid enum value (.*)")
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     """The struct in body. Raises BadRequest that names the parameter, with OpenAI's text and code."""
     try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise explain(str(error), body, decoder.type) from None
+        try:
+            return decoder.decode(body)
+        except msgspec.ValidationError as error:
+            msgspec.json.decode(body)  # a broken rule is worth telling only if the rest is JSON too
+            raise explain(str(error), body, decoder.type) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise BadRequest(
-            "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP "
-            "library correctly. The OpenAI API expects a JSON payload, but what was sent was not valid JSON.)"
-        ) from None
+        raise BadRequest(NOT_JSON) from None
 
 
 def explain(said: str, body: bytes, shape: Any) -> BadRequest:
     """The BadRequest for what msgspec said of body."""
     what, _, where = said.partition(" - at ")
+    keyed = where.startswith("`key` in ")
     path = _path(where.strip().strip("`"))
+    if keyed:
+        return _wrong_key(what, body, path)
+    if ANY in path:
+        path = _found(path, body, shape)
     if missing := _MISSING.match(what):
         path.append(missing[1])
         return BadRequest(
@@ -66,7 +76,7 @@ def explain(said: str, body: bytes, shape: Any) -> BadRequest:
 def not_a_choice(value: Any, supported: list[str], param: str | None) -> BadRequest:
     """Invalid value: 'x'. Supported values are: ..."""
     names = [f"'{name}'" for name in supported]
-    text = names[0] if len(names) == 1 else ", ".join(names[:-1]) + f", and {names[-1]}" if names else "documented ones"
+    text = ", ".join(names[:-1]) + (", and " if len(names) > 2 else " and " if names[:-1] else "") + "".join(names[-1:])
     return BadRequest(
         f"Invalid value: '{_short(value)}'. Supported values are: {text}.", param=param, code="invalid_value"
     )
@@ -130,14 +140,54 @@ def spell(path: Path) -> str:
 
 
 def _path(where: str) -> Path:
-    # msgspec writes $.messages[0].content; [...] stands for any key of a mapping
+    # msgspec writes $.messages[0].content; [...] stands for some key of a mapping
     steps: Path = []
     for name, index in re.findall(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]", where.replace("key` in `", "").removeprefix("$")):
         if name:
             steps.append(name)
-        elif index != "...":
-            steps.append(int(index))
+        else:
+            steps.append(ANY if index == "..." else int(index))
     return steps
+
+
+def _found(path: Path, body: bytes, shape: Any) -> Path:
+    """path with the keys of the mapping's entries that break the rule, found by trying one after the other."""
+    kinds, found = [shape], Path()
+    for step in path:
+        kinds = [inner for kind in kinds for inner in _inside(kind, step)]
+        if step == ANY:
+            entries = _value(body, found)
+            wrong = [key for key, entry in (entries or {}).items() if not _fits(entry, kinds)]
+            if not wrong:  # the key is given twice, and the other one is right
+                return found
+            step = wrong[0]
+        found.append(step)
+    return found
+
+
+def _fits(value: Any, kinds: list[Any]) -> bool:
+    for kind in kinds:
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError:
+            continue
+        return True
+    return False
+
+
+def _wrong_key(what: str, body: bytes, path: Path) -> BadRequest:
+    """A key of the mapping at path is not what its rule says; the only such rule is its length."""
+    param = spell(path)
+    length = _LENGTH.match(what)
+    if length is None or length[2] != "<=":
+        return BadRequest(f"Invalid key in '{param}': {what}.", param=param, code="invalid_value")
+    longest = max(map(len, _value(body, path) or [""]))
+    return BadRequest(
+        f"Invalid key in '{param}': string too long. Expected a string with maximum length {length[3]}, but got a string "
+        f"with length {longest} instead.",
+        param=param,
+        code="string_above_max_length",
+    )
 
 
 def _value(body: bytes, path: Path) -> Any:
@@ -173,6 +223,8 @@ def _inside(kind: Any, step: str | int) -> list[Any]:
             inside.append(get_args(part)[0])
         elif isinstance(step, str) and isinstance(part, type) and issubclass(part, msgspec.Struct):
             inside.append(get_type_hints(part, include_extras=True).get(step, Any))
+        elif isinstance(step, str) and get_origin(part) is dict:
+            inside.append(get_args(part)[1])
     return inside
 
 

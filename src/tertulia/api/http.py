@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from ..accounts.directory import Directory, check_kind
-from ..core import CLIENT_LEFT, NOBODY, STOPPED, Call, Reply, Task
+from ..core import CLIENT_LEFT, FAILED, NOBODY, STOPPED, Call, Reply, Task
 from ..errors import BadRequest, Overloaded, TertuliaError, TooLarge
 from ..gateway.pipeline import Pipeline
 from .edge import identify, request_id, standard_headers
@@ -302,6 +302,7 @@ class Exchange:
 
     # the Sink
     def begin(self, status: int, headers: Sequence[bytes]) -> None:
+        self._pieces.clear()
         head = [STATUS_LINE[status], standard_headers(self.id, self.who, self.began), *headers]
         if self.reply.stream:
             head.append(b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n")
@@ -329,7 +330,8 @@ class Exchange:
         self.response_complete = True
         if self.disconnected or self.protocol.transport.is_closing():
             return
-        if outcome == STOPPED or self._head is None and not self.reply.stream:
+        cut = outcome == FAILED and self.reply.error is None
+        if outcome == STOPPED or cut or (self._head is None and not self.reply.stream):
             self.protocol.transport.close()  # nothing, or no whole answer, to give: the client sees a cut connection
             return
         self.protocol.transport.write(self._last())

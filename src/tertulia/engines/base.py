@@ -41,6 +41,7 @@ class Collector:
 
     def begin(self, status: int, headers: Sequence[bytes]) -> None:
         self.status = status
+        self.pieces.clear()
 
     def write(self, data: bytes) -> None:
         self.pieces.append(data)

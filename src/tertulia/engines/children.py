@@ -39,8 +39,9 @@ class Child:
     """One loaded model. `with child:` counts a call in flight, and a child in use is not unloaded.
 
     slots: calls it answers at the same time; context_length: tokens one of them may hold, prompt and answer;
-    pool_tokens: tokens all of them may hold together (llama.cpp answers 500 "Context size has been exceeded." to all when it
-    is full); headers: request lines with the secret; template_knows_tools: whether its chat template has tools.
+    pool_tokens: tokens all of them may hold together (when that is full llama.cpp answers all of them with status
+    500, "Context size has been exceeded."); headers: request lines with the secret;
+    template_knows_tools: whether its chat template has tools.
     """
 
     def __init__(self, card: ModelCard, process: asyncio.subprocess.Process, secret: str, port: int, pool: int) -> None:
@@ -49,6 +50,7 @@ class Child:
         self.headers = f"authorization: Bearer {secret}\r\ncontent-type: application/json\r\n".encode()
         self.pool = connection.Pool(f"http://127.0.0.1:{port}")
         self.pool_tokens = pool
+        self.estimate = 0
         self.slots = 1
         self.context_length = 0
         self.template_knows_tools = False
@@ -71,7 +73,7 @@ class Child:
     @property
     def resident_bytes(self) -> int:
         """Its share of physical memory; pages of a model file that two children share count half for each."""
-        return _resident(self.process.pid)
+        return _resident(self.process.pid) or self.estimate
 
     async def describe(self) -> None:
         """Asks the engine what it made of its parameters. Raises EngineFailed."""
@@ -125,7 +127,12 @@ class Children:
                 load = asyncio.get_running_loop().create_task(self._load(card, spec))
                 self._loading[card.id] = load
                 load.add_done_callback(lambda done: self._landed(card.id, done))
-            child = await asyncio.shield(load)  # a caller who leaves does not end the others' load
+            try:
+                child = await asyncio.shield(load)  # a caller who leaves does not end the others' load
+            except asyncio.CancelledError:
+                if load.cancelled() and not asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                    raise Overloaded(f"The model `{card.id}` is being unloaded.", retry_after=1.0) from None
+                raise
             if child.alive:
                 return child
 
@@ -170,6 +177,7 @@ class Children:
                 log.warning("%s", error.message)
                 self._troubles.setdefault(card.id, _Trouble()).again(error)
             raise error from None
+        child.estimate = self._reserved[card.id]
         self._loaded[card.id] = child
         watcher = asyncio.get_running_loop().create_task(self._watch(child))
         self._watchers.add(watcher)
@@ -226,7 +234,8 @@ class Children:
         while self._used() + need > budget:
             if not await self._unload_idlest():
                 raise Overloaded(
-                    f"There is no memory for the model `{id}` while others are in use. Please try again.", retry_after=5.0
+                    f"There is no memory for the model `{id}` while others are in use. Please try again.",
+                    retry_after=5.0,
                 )
         self._reserved[id] = need
 
@@ -238,7 +247,8 @@ class Children:
         except llama.NotAModel as error:
             raise _final(f"The model `{id}` cannot be loaded: {error}") from None
         except OSError as error:
-            raise _final(f"The model `{id}` cannot be loaded: a file cannot be read ({type(error).__name__}).") from None
+            why = f"a file cannot be read ({type(error).__name__})"
+            raise _final(f"The model `{id}` cannot be loaded: {why}.") from None
         return size + made.kv_bytes + PROGRAM
 
     def _used(self) -> int:
@@ -346,7 +356,7 @@ def _cores() -> int:
 
 
 def _resident(pid: int) -> int:
-    """Bytes of memory of a process in proportion to sharers, or 0 if it is gone; known on Linux only."""
+    """Bytes of memory of a process in proportion to sharers; 0 if it is gone or this is not Linux."""
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):

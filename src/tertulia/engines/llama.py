@@ -126,8 +126,11 @@ def _value(file: BinaryIO, kind: int) -> Any:
 
 
 def main() -> None:
-    """The whole life of the child; never returns."""
-    spec = json.loads(sys.stdin.buffer.readline())
+    """The whole life of the child."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return  # the gateway changed its mind
+    spec = json.loads(line)
     _die_with(spec["parent"])
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")  # ours alone: llama.cpp may print what it likes on 1 and 2
     log = _redirect(spec["log"])
@@ -177,7 +180,8 @@ def _redirect(path: str | None) -> int:
     else:
         import tempfile
 
-        log = os.dup(tempfile.TemporaryFile().fileno())
+        with tempfile.TemporaryFile() as file:
+            log = os.dup(file.fileno())
     os.dup2(log, 1)
     os.dup2(log, 2)
     return log
@@ -233,7 +237,8 @@ _CAUSES = (  # what llama.cpp prints, and the sentence for it
      "The model file is corrupt or incomplete."),
     (r"bad_alloc|[Ff]ailed to allocate|unable to allocate|out of memory|Cannot allocate",
      "There is not enough memory to load the model."),
-    (r"failed to (?:load|apply) lora|lora.*(?:fail|mismatch|incorrect)", "A LoRA adapter does not fit the model or is corrupt."),
+    (r"failed to (?:load|apply) lora|lora.*(?:fail|mismatch|incorrect)",
+     "A LoRA adapter does not fit the model or is corrupt."),
     (r"missing tensor|wrong number of tensors|wrong shape", "The model file lacks parts of the model."),
 )  # fmt: skip
 

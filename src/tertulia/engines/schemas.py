@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -40,8 +40,9 @@ _encode = msgspec.json.Encoder().encode
 class Unenforceable(Exception):
     """A schema, or a place in it, that the engine cannot enforce exactly."""
 
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"In context=({''.join(repr(step) + ', ' for step in path).rstrip()}), {reason}")
+    def __init__(self, path: Path | str, reason: str = "") -> None:
+        place = f"In context={path}, " if isinstance(path, tuple) else path
+        super().__init__(place + reason)
 
 
 def schema_grammar(response_format: dict[str, Any], param: str = "response_format") -> str | None:
@@ -120,14 +121,14 @@ def enforced(schema: Node, strict: bool = False) -> str:
         raise Unenforceable((), "schema must be JSON.") from None
     if len(raw) > MAX_BYTES:
         raise Unenforceable((), f"the schema is larger than {MAX_BYTES} bytes.")
-    outcome = _enforced(raw, strict)
-    if isinstance(outcome, Unenforceable):
-        raise outcome
-    return outcome
+    rule, problem = (_small if len(raw) <= 8192 else _large)(raw, strict)
+    if problem:
+        raise Unenforceable(problem)
+    return rule
 
 
-@lru_cache(maxsize=512)
-def _encoded_outcome(raw: bytes, strict: bool) -> str | Unenforceable:
+def _outcome(raw: bytes, strict: bool) -> tuple[str, str]:
+    """(rule, "") or ("", what is wrong)."""
     try:
         schema = msgspec.json.decode(raw)
         if strict:
@@ -135,13 +136,14 @@ def _encoded_outcome(raw: bytes, strict: bool) -> str | Unenforceable:
         rule = json_rule(Rewrite(schema).result())
         problem = compile_problem(f"start: {rule}")
     except Unenforceable as error:
-        return error
+        return "", str(error)
     except (RecursionError, msgspec.DecodeError):
-        return Unenforceable((), "the schema is nested too deeply.")
-    return rule if problem is None else Unenforceable((), f"the engine cannot enforce it: {problem}.")
+        return "", str(Unenforceable((), "the schema is nested too deeply."))
+    return (rule, "") if problem is None else ("", str(Unenforceable((), f"the engine cannot enforce it: {problem}.")))
 
 
-_enforced = _encoded_outcome
+_small = lru_cache(maxsize=512)(_outcome)
+_large = lru_cache(maxsize=16)(_outcome)
 
 
 def json_rule(schema: dict[str, Any]) -> str:
@@ -188,6 +190,9 @@ _LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][48]|[13579
 _YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
 _DATE = f"(?:{_YEAR}-{_MONTH_DAY}|{_LEAP_YEAR}-02-29)"
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_N = "[0-9]{1,6}"
+_DAYS = f"(?:{_N}Y(?:{_N}M(?:{_N}D)?)?|{_N}M(?:{_N}D)?|{_N}D)"
+_HOURS = f"(?:{_N}H(?:{_N}M(?:{_N}S)?)?|{_N}M(?:{_N}S)?|{_N}S)"
 _BYTE = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _LABEL = "[a-zA-Z](?:[a-zA-Z0-9-]{0,30}[a-zA-Z0-9])?"
 _HOST = rf"{_LABEL}(?:\.{_LABEL}){{0,6}}"
@@ -199,7 +204,7 @@ FORMATS = {
     "date": _DATE,
     "time": _TIME,
     "date-time": f"{_DATE}T{_TIME}",
-    "duration": "P(?:[0-9]{1,9}W|(?:[0-9]{1,9}Y)?(?:[0-9]{1,9}M)?[0-9]{1,9}D(?:T[0-9]{1,9}H)?|T(?:[0-9]{1,9}H)?(?:[0-9]{1,9}M)?[0-9]{1,9}S|T[0-9]{1,9}[HM])",
+    "duration": f"P(?:{_DAYS}(?:T{_HOURS})?|T{_HOURS}|{_N}W)",
     "email": rf"[a-zA-Z0-9_+-]{{1,32}}(?:\.[a-zA-Z0-9_+-]{{1,32}}){{0,3}}@{_LABEL}(?:\.{_LABEL}){{1,4}}",
     "hostname": _HOST,
     "ipv4": rf"(?:{_BYTE}\.){{3}}{_BYTE}",
@@ -472,21 +477,20 @@ class Rewrite:
             elif target == "allOf" and len(made) == 1 and not out and isinstance(made[0], dict):
                 out.update(made[0])
             else:
-                out[target] = made
+                out[target] = [*out.get(target, ()), *made]
 
     def exclusive(self, node: dict[str, Any], branches: list[Node], path: Path) -> list[Node]:
         """The branches of a oneOf, narrowed until what satisfies one cannot satisfy another."""
         tag = node.get("discriminator")
         tag = tag.get("propertyName") if isinstance(tag, dict) else None
-        if isinstance(tag, str):
-            branches = [self.tagged(branch, tag, path) for branch in branches]
-        for at, one in enumerate(branches):
-            for other in branches[at + 1 :]:
-                if not (self.apart(one, other, 0) and self.apart(other, one, 0)):
+        narrowed = [self.tagged(branch, tag) for branch in branches] if isinstance(tag, str) else branches
+        for at, one in enumerate(narrowed):
+            for beside, other in enumerate(branches):
+                if at != beside and not self.apart(one, other, 0):
                     raise Unenforceable(path, "'oneOf' is not permitted where its alternatives may overlap; use 'anyOf'.")
-        return branches
+        return narrowed
 
-    def tagged(self, branch: Node, tag: str, path: Path) -> Node:
+    def tagged(self, branch: Node, tag: str) -> Node:
         """A branch of a discriminated union, its tag made required."""
         target = self.follow(branch)
         if not isinstance(target, dict) or tag not in (target.get("properties") or {}):

@@ -141,11 +141,11 @@ class Meter:
 
 def read_usage(data: bytes, stream: bool) -> Usage | None:
     """The usage in an answer's body, or in the last event of a piece that has one."""
-    for event in reversed(data.split(b"\n\n")) if stream else (data,):
-        if b'"usage":' not in event:
+    for line in reversed(data.splitlines()) if stream else (data,):  # whichever line ends an upstream uses
+        if b'"usage":' not in line:
             continue
         try:
-            usage = _decoder.decode(event.partition(b"data:")[2] if stream else event).usage
+            usage = _decoder.decode(line.partition(b"data:")[2] if stream else line).usage
         except (msgspec.MsgspecError, UnicodeDecodeError):
             continue
         if usage is not None:
@@ -177,6 +177,7 @@ class AccessLog:
             self._timer = asyncio.get_running_loop().call_later(0.25, self.flush)
 
     def flush(self) -> None:
+        """Writes what has gathered; an error is told on standard error and ends nothing."""
         self._timer = None
         lines, self._lines = self._lines, []
         try:

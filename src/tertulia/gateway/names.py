@@ -31,6 +31,8 @@ OPENAI_NAMES: tuple[tuple[str, str], ...] = (
     ("text-babbage-*", CHAT),
     ("text-ada-*", CHAT),
 )
+# Two spellings of one parameter: a preset's gives way to the caller's, whichever each of them used.
+SAME = {"max_tokens": ("max_completion_tokens",), "max_completion_tokens": ("max_tokens",)}
 KNOWN_LIMIT = 4096  # distinct names kept resolved; callers choose names, so there must be a bound
 
 
@@ -59,6 +61,9 @@ class Names:
 
     def _check(self) -> None:
         for name, preset in self._presets.items():
+            for at, example in enumerate(preset.examples):
+                if odd := sorted(example.keys() - {"user", "assistant"}):
+                    raise SettingsError(f"presets.{name}.examples[{at}].{odd[0]}: only user and assistant have turns")
             if self._find(preset.model, 0) is None:
                 raise SettingsError(f"presets.{name}.model: there is no model {preset.model!r}")
         for name, model in self._exact.items():
@@ -152,7 +157,7 @@ def _apply(call: Call, preset: Preset) -> None:
     elif preset.system and isinstance(body.get("prompt"), str):
         body["prompt"] = preset.system + "\n\n" + body["prompt"]
     for name, value in preset.parameters.items():
-        if body.get(name) is None:
+        if all(body.get(same) is None for same in (name, *SAME.get(name, ()))):
             body[name] = value
     asked, target = call.model, call.target
     assert target is not None

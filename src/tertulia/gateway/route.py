@@ -14,6 +14,8 @@ def route(timeout: float) -> object:
     async def route(call: Call, following: Next) -> None:
         target, reply = call.target, call.reply
         assert target is not None
+        if reply.closed:  # the client left while a stage above waited: nobody wants the answer
+            return
         reply.headers.append(b"x-tertulia-model: %s\r\n" % target.model.encode("latin-1", "replace"))
         timer = asyncio.get_running_loop().call_later(timeout, _expire, call, timeout)
         reply.on_close(lambda outcome: timer.cancel())

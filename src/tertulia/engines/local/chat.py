@@ -7,16 +7,17 @@ none, and every call that must be made, go through toolcalls: a system text, a g
 
 from __future__ import annotations
 
-import secrets
 from typing import Any
 
 import msgspec
 
 from ...core import FINISHED, Call, ModelCard, Usage
-from ...errors import BadRequest, ContextLengthExceeded
-from .exchange import Child, Events, Exchange, Request
-from .messages import native, refuse_parts
-from .request import Extras, extras, sampling, seed, unsupported, unsupported_value
+from ...errors import ContextLengthExceeded
+from ..toolcalls import CallReader, Choice, Plan, call_id, flatten, plan
+from .exchange import Body, Child, Events, Exchange, Request
+from .messages import has_custom_calls, joined, native, refuse_parts
+from .request import Extras, check_bias, extras, sampling, seed, unsupported, unsupported_value
+from .room import need
 from .shapes import ChatStream, ChatWhole, ContentLogprob, Stamp, encode
 
 TEMPLATE_TOKENS = 64  # more than any chat template adds to a conversation
@@ -76,6 +77,19 @@ class _Counted(msgspec.Struct):
 
 
 _event = msgspec.json.Decoder(_Event).decode
+class _Message(msgspec.Struct):
+    content: str | None = None
+
+
+class _Spoken(msgspec.Struct):
+    message: _Message
+
+
+class _Decision(msgspec.Struct):
+    choices: list[_Spoken]
+
+
+_decision = msgspec.json.Decoder(_Decision).decode
 _counted = msgspec.json.Decoder(_Counted).decode
 
 
@@ -128,15 +142,37 @@ class ChatAnswer:
         self._call, self._asked, self._card, self._fingerprint = call, asked, card, fingerprint
         self._raw: dict[str, Any] = msgspec.json.decode(call.body)
         self._sampling = sampling(asked, refuse(asked, self._raw), card)
+        self._plan = plan(
+            self._raw.get("tools") or None, self._raw.get("tool_choice"), asked.parallel_tool_calls,
+            self._raw.get("functions"), self._raw.get("function_call"), self._raw.get("response_format"),
+        )  # fmt: skip
+        self._readers: list[CallReader] | None = None  # of the choices, where calls come as text
+        self._kinds: dict[tuple[int, int], str] = {}  # of the calls begun, by choice and number
+        self.writer: ChatStream | ChatWhole
         self._count: int = asked.n or 1
         self._limit: int | None = asked.max_completion_tokens or asked.max_tokens
-        self._prompt_tokens = self._cached = self._tokens = 0
-        self._final = [0] * self._count  # tokens of each choice as the child counted them
+        self._prompt_tokens = self._completion_tokens = self._cached = self._reasoning = 0
+        self._tokens = 0  # events with text so far: what to account for if the answer is cut short
         call.reply.on_close(self._settle)
 
+    def need(self, child: Child) -> int:
+        """Tokens of the child's memory that the call will probably need."""
+        return need(len(self._call.body), self._limit, self._count, child.context_length)
+
     async def run(self, child: Child) -> None:
-        body = self._body(child)
+        plan = self._plan
+        question = None if self._goes_natively(child) else plan.choice(self._raw["messages"])
+        if question is not None:
+            answer = await self._decide(child, question)
+            if answer is None:
+                return
+            plan = plan.chosen(answer)
+        body = self._body(child, plan)
+        self.writer = self._writer(plan)
+        self._readers = [plan.reader() for _ in range(self._count)] if plan.calls and "tools" not in body else None
         exchange = Exchange(self._call.reply, child, "messages", too_long)
+        if self._asked.logit_bias:
+            await check_bias(self._asked.logit_bias, child)
         if self._limit is not None:
             await self._check_length(exchange, body)
             body["max_tokens"] = self._limit
@@ -147,25 +183,61 @@ class ChatAnswer:
             requests.append(Request(b"/v1/chat/completions", encode(body), _Listener(self, first), count))
         await exchange.run(requests, self._finish)
 
-    def _body(self, child: Child) -> dict[str, Any]:
-        """The child's request, but for what differs from group to group; and the writer and readers of its answer."""
-        asked = self._asked
-        body: dict[str, Any] = {
-            **self._sampling, "messages": native(self._raw["messages"]), "stream": True,
-            "stream_options": {"include_usage": True}, "return_progress": True,
+    def _goes_natively(self, child: Child) -> bool:
+        """Whether the template itself can say all that is asked about tools. What must be a call never does: only a
+        grammar of ours makes sure of it."""
+        plan = self._plan
+        return (
+            child.template_knows_tools and plan.calls and plan.text and plan.answer is None
+            and all(tool.kind == "function" for tool in plan.tools)
+            and not has_custom_calls(self._raw["messages"])
+        )  # fmt: skip
+
+    async def _decide(self, child: Child, question: Choice) -> str | None:
+        """Lets the model choose between its tools and text; None if the call ended meanwhile. The tokens of this are
+        not counted in the answer's usage."""
+        said: list[str] = []
+        body = {
+            "messages": question.messages, "grammar": question.grammar, "max_tokens": question.max_tokens,
+            "temperature": 0, "stream": False,
         }  # fmt: skip
+        listener = Body(lambda answer: said.append(_decision(answer).choices[0].message.content or ""))
+        exchange = Exchange(self._call.reply, child, "messages", too_long)
+        await exchange.run([Request(b"/v1/chat/completions", encode(body), listener)], lambda: None)
+        return said[0] if said else None
+
+    def _body(self, child: Child, plan: Plan) -> dict[str, Any]:
+        """The child's request, but for what differs from group to group."""
+        asked, messages = self._asked, self._raw["messages"]
+        body: dict[str, Any] = {
+            **self._sampling, "stream": True, "stream_options": {"include_usage": True}, "return_progress": True,
+        }  # fmt: skip
+        if body["repeat_last_n"] < 0:
+            body["repeat_last_n"] = child.context_length
+        if self._goes_natively(child):
+            names = {tool.name for tool in plan.tools}
+            tools = self._raw.get("tools") or [{"type": "function", "function": f} for f in self._raw["functions"]]
+            body["tools"] = [tool for tool in tools if tool["function"]["name"] in names]
+            body["parallel_tool_calls"] = plan.several
+            body["messages"] = joined(native(messages))
+        elif child.template_knows_tools and not plan.calls and not has_custom_calls(messages):
+            body["messages"] = joined(native(messages))
+        else:
+            body["messages"] = joined(flatten(messages, plan))
+        if plan.grammar is not None and "tools" not in body:
+            body["grammar"] = plan.grammar
+        if plan.calls and not plan.text:
+            body.pop("stop", None)  # a call is no text: cut by a stop sequence it would not be valid
         if asked.logprobs:
             body["logprobs"], body["top_logprobs"] = True, max(1, asked.top_logprobs or 0)
-        stamp = Stamp.new("chatcmpl-", self._card.id, self._fingerprint)
-        reply, legacy = self._call.reply, asked.functions is not None
-        self.writer: ChatStream | ChatWhole
-        if self._call.stream:
-            self.writer = ChatStream(
-                reply, stamp, asked.stream_options, self._count, calling=False, tooled=False, legacy=legacy
-            )
-        else:
-            self.writer = ChatWhole(reply, stamp, self._count, legacy=legacy)
         return body
+
+    def _writer(self, plan: Plan) -> ChatStream | ChatWhole:
+        stamp = Stamp.new("chatcmpl-", self._card.id, self._fingerprint)
+        reply, options = self._call.reply, self._asked.stream_options
+        if not self._call.stream:
+            return ChatWhole(reply, stamp, self._count, legacy=plan.legacy)
+        return ChatStream(reply, stamp, options, self._count, tooled=plan.calls, legacy=plan.legacy)
 
     async def _check_length(self, exchange: Exchange, body: dict[str, Any]) -> None:
         """Refuses what cannot fit; asks the child for a count only where the number of bytes does not settle it."""
@@ -183,23 +255,93 @@ class ChatAnswer:
             raise too_much(count, self._limit, context)
 
     def see(self, first: int, event: bytes) -> None:
+        """One event of the group of choices that begins with `first`."""
         decoded = _event(event)
-        if decoded.usage is not None:
-            usage = decoded.usage
-            self._prompt_tokens = usage.prompt_tokens
-            if usage.prompt_tokens_details is not None and first == 0:
-                self._cached = usage.prompt_tokens_details.cached_tokens
-            self._ended.append(usage.completion_tokens)
-            return
         if decoded.prompt_progress is not None:
             self._prompt_tokens = decoded.prompt_progress.total
             return
         for choice in decoded.choices:
-            self._take(first + choice.index, choice)
+            index, delta = first + choice.index, choice.delta
+            if delta.content:
+                self._tokens += 1
+                logprobs = self._logprobs(choice) if choice.logprobs is not None else None
+                if self._readers is None:
+                    self.writer.text(index, delta.content, logprobs)
+                else:
+                    self._tell(index, self._readers[index].feed(delta.content), logprobs)
+            elif choice.finish_reason is not None:
+                self._end(index, choice.finish_reason)
+            elif delta.reasoning_content or delta.tool_calls:
+                self._tokens += 1
+                self._other(index, delta)
+        if decoded.usage is not None:
+            self._count_up(first, decoded.usage)
 
-    def _take(self, index: int, choice: _Choice) -> None:
-        pass
+    def _logprobs(self, choice: _Choice) -> list[ContentLogprob]:
+        assert choice.logprobs is not None
+        found = choice.logprobs.content or []
+        most = self._asked.top_logprobs or 0
+        for entry in found:
+            del entry.top_logprobs[most:]
+        return found
+
+    def _tell(self, index: int, events: list[Any], logprobs: list[ContentLogprob] | None = None) -> None:
+        """What a reader made of the text: the writer hears of text, calls and fragments of arguments."""
+        for event in events:
+            if event[0] == "text":
+                self.writer.text(index, event[1], logprobs)
+            elif event[0] == "call":
+                _, number, id, kind, name = event
+                self._kinds[index, number] = kind
+                self.writer.call(index, number, id, name, kind == "custom")
+            else:
+                _, number, fragment = event
+                self.writer.arguments(index, number, fragment, self._kinds[index, number] == "custom")
+
+    def _end(self, index: int, reason: str) -> None:
+        if self._readers is not None:
+            events, reason = self._readers[index].finish(reason)
+            self._tell(index, events)
+        elif reason == "tool_calls" and self._plan.legacy:
+            reason = "function_call"
+        self.writer.finish(index, reason)
+
+    def _other(self, index: int, delta: _Delta) -> None:
+        """What a template with tools, or a model that reasons, says beside text."""
+        if delta.reasoning_content:
+            self._reasoning += 1
+            self.writer.reasoning(index, delta.reasoning_content)
+        for call in delta.tool_calls or ():
+            function = call.function or _FunctionDelta()
+            if (index, call.index) not in self._kinds:
+                self._kinds[index, call.index] = "function"
+                self.writer.call(index, call.index, call_id(), function.name or "")
+            if function.arguments:
+                self.writer.arguments(index, call.index, function.arguments)
+
+    def _count_up(self, first: int, usage: _Usage) -> None:
+        self._prompt_tokens = usage.prompt_tokens  # the same for every choice, and counted once
+        if first == 0 and usage.prompt_tokens_details is not None:
+            self._cached = usage.prompt_tokens_details.cached_tokens
+        self._completion_tokens += usage.completion_tokens
+
+    def _finish(self) -> None:
+        self.writer.end(Usage(self._prompt_tokens, self._completion_tokens, self._cached, self._reasoning))
 
     def _settle(self, outcome: str) -> None:
         if outcome != FINISHED and self._call.reply.usage is None:
-            self._call.reply.usage = Usage(self._prompt_tokens, self._tokens, self._cached)  # what was used until then
+            # what was used until then
+            self._call.reply.usage = Usage(self._prompt_tokens, self._tokens, self._cached, self._reasoning)
+
+
+class _Listener(Events):
+    """Hears one group of choices; first is the index of the first of them."""
+
+    def __init__(self, answer: ChatAnswer, first: int) -> None:
+        self._answer, self._first = answer, first
+
+    def see(self, event: bytes) -> None:
+        self._answer.see(self._first, event)
+
+    def flush(self) -> None:
+        self._answer.writer.flush()

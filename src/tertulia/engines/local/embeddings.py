@@ -124,15 +124,6 @@ class EmbeddingAnswer:
                 cut += 1
         if cut:
             self._call.reply.header("x-tertulia-truncated", str(cut))
-        if cut and any(isinstance(item, str) for item in self._items):
-            await self._all_ids(exchange)
-
-    async def _all_ids(self, exchange: Exchange) -> None:
-        # a request to the child holds either texts or ids
-        for at, item in enumerate(self._items):
-            if isinstance(item, str):
-                question = {"content": item, "add_special": True}
-                self._items[at] = _tokens(await exchange.ask(b"/tokenize", encode(question))).tokens
 
     def _take(self, group: list[int], answer: bytes) -> None:
         decoded = _answer(answer)

@@ -7,6 +7,7 @@ to be dead, sent again; and what the child's errors mean. It knows nothing of pr
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from ...core import Reply
 from ...errors import BadRequest, ContextLengthExceeded, EngineFailed, Overloaded, TertuliaError
 from ..connection import Connection, Pool
 
+MEMORY_FULL = "Context size has been exceeded"  # what all calls of a child hear when their common memory is full
 EVENT_LIMIT = 16 * 2**20  # bytes of one event, or of one answer that is not a stream
 
 
@@ -24,6 +26,7 @@ class Child(Protocol):
 
     pool: Pool
     headers: bytes
+    pool_tokens: int
     slots: int
     context_length: int
     template_knows_tools: bool
@@ -54,7 +57,12 @@ class _Refusal(msgspec.Struct):
     error: _Said
 
 
+class Refused(Exception):
+    """The child gave up in the middle of a stream; the argument is what it said, as JSON."""
+
+
 _refusal = msgspec.json.Decoder(_Refusal)
+_TOO_LARGE = re.compile(r"input \((\d+) tokens\) is too large to process.*batch size: (\d+)")  # an encoder's, status 500
 TooLong = Callable[[int, int], ContextLengthExceeded]  # from (tokens in the prompt, tokens the context holds)
 
 
@@ -66,6 +74,10 @@ def translate(status: int, body: bytes, param: str, too_long: TooLong) -> Tertul
         return EngineFailed(f"The engine answered with status {status}.")
     if said.type == "exceed_context_size_error":
         return too_long(said.n_prompt_tokens, said.n_ctx)
+    if large := _TOO_LARGE.search(said.message):
+        return too_long(int(large[1]), int(large[2]))
+    if said.message.startswith(MEMORY_FULL):
+        return Overloaded("The model has no memory left for so many long conversations at once. Please try again.", retry_after=1)
     if status == 400:
         return BadRequest(said.message, param=param, code="invalid_value")
     if status == 503:
@@ -105,7 +117,10 @@ class Exchange:
 
     async def ask(self, path: bytes, body: bytes) -> bytes:
         """One small question on the way (token counts and the like). Raises the error the child's refusal means."""
-        status, answer = await self.child.pool.fetch("POST", path.decode(), self.child.headers, body)
+        try:
+            status, answer = await self.child.pool.fetch("POST", path.decode(), self.child.headers, body)
+        except EngineFailed:  # most likely a kept-alive connection that had just been closed; a question can be repeated
+            status, answer = await self.child.pool.fetch("POST", path.decode(), self.child.headers, body)
         if status != 200:
             raise translate(status, answer, self._prompt, self._too_long)
         return answer
@@ -138,7 +153,10 @@ class Exchange:
         self._left -= 1
         self._busy -= receiver.request.slots
         if receiver.connection is not None:
-            receiver.connection.resume_reading()  # it may serve another call next
+            if isinstance(receiver.request.listener, Events):
+                receiver.connection.cancel()  # llama.cpp closes it after a stream, whatever its headers say
+            else:
+                receiver.connection.resume_reading()  # it may serve another call next
         if self._left:
             self._room.set()
             return
@@ -157,6 +175,9 @@ class Exchange:
         if not self.over:
             self._stop()
             self.reply.fail(error)
+
+    def refused(self, status: int, said: bytes) -> None:
+        self.fail(translate(status, said, self._prompt, self._too_long))
 
     def crash(self, error: Exception) -> None:
         """A bug of ours, found in a socket's callback: run() raises it where it will be heard."""
@@ -219,6 +240,8 @@ class _Receiver:
             what(*data)
         except TertuliaError as error:
             self.exchange.fail(error)
+        except Refused as error:
+            self.exchange.refused(500, error.args[0])
         except (msgspec.MsgspecError, UnicodeDecodeError):
             self.exchange.fail(EngineFailed("The engine's answer was not understood."))
         except Exception as error:  # the socket would swallow it, and the call would hang
@@ -232,7 +255,7 @@ class _Receiver:
         if exchange.over:
             return
         if self._status != 200:
-            exchange.fail(translate(self._status, self._refused, exchange._prompt, exchange._too_long))
+            exchange.refused(self._status, self._refused)
             return
         if self._tell(self.request.listener.end):
             exchange.complete(self)
@@ -265,7 +288,7 @@ class Events:
             if not event.startswith(b"data: ") or event == b"data: [DONE]":
                 continue  # comments keep the connection alive
             if event.startswith(b'data: {"error"'):
-                raise EngineFailed("The engine stopped with an error.")
+                raise Refused(event[6:])
             self.see(event[6:])
         self.flush()
 

@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from ...core import ModelCard
 from ...errors import BadRequest
+from .exchange import Child
 
 RANDOM_SEED = 2**32 - 1  # the one seed by which llama.cpp means "any"
 
@@ -29,6 +30,19 @@ class Extras(msgspec.Struct, forbid_unknown_fields=True):
     ignore_eos: bool | None = None
 
 
+class _Meta(msgspec.Struct):
+    n_vocab: int
+
+
+class _Model(msgspec.Struct):
+    meta: _Meta
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+_models = msgspec.json.Decoder(_Models).decode
 EXTRAS = frozenset(Extras.__struct_fields__)
 
 
@@ -70,6 +84,7 @@ def unsupported_value(name: str, value: Any, supported: str) -> BadRequest:
 
 def sampling(asked: Any, extra: Extras, card: ModelCard) -> dict[str, Any]:
     """llama.cpp's sampling parameters for a decoded request, all that matter given, so that its own defaults do not.
+    A repeat_last_n of -1 stands for the whole context, which only the child knows.
 
     Who gives temperature or top_p gets exactly OpenAI's sampling; who gives neither gets what suits the model, as its
     card says; and OpenAI's defaults where the card says nothing.
@@ -118,3 +133,16 @@ def token_id(key: str) -> int:
             code="invalid_value",
         )
     return int(key)
+
+
+async def check_bias(bias: Mapping[str, float], child: Child) -> None:
+    """Raises BadRequest for an id that is none of the model's tokens: llama.cpp would ignore it."""
+    status, body = await child.pool.fetch("GET", "/v1/models", child.headers)
+    size = _models(body).data[0].meta.n_vocab if status == 200 else 0
+    for key in bias:
+        if size and token_id(key) >= size:
+            raise BadRequest(
+                f"Invalid key in 'logit_bias': {key[:64]}. Maximum value is {size - 1}.",
+                param="logit_bias",
+                code="invalid_value",
+            )

@@ -65,13 +65,10 @@ def usage_shape(usage: Usage) -> dict[str, Any]:
 class ChatStream:
     """Writes a chat answer as chunks.
 
-    count is the number of choices; calling says that every choice will be a tool call; tooled that it may be one.
-    legacy turns calls into `function_call`.
+    count is the number of choices; tooled says that they may be tool calls; legacy turns calls into `function_call`.
     """
 
-    def __init__(
-        self, reply: Reply, stamp: Stamp, options: Any, count: int, *, calling: bool, tooled: bool, legacy: bool
-    ) -> None:
+    def __init__(self, reply: Reply, stamp: Stamp, options: Any, count: int, *, tooled: bool, legacy: bool) -> None:
         self._reply = reply
         self._head = (
             b'data: {"id":"%s","object":"chat.completion.chunk","created":%d,"model":%s,"service_tier":"default",'
@@ -85,8 +82,8 @@ class ChatStream:
         self._text = [self._head + b'{"index":%d,"delta":{"content":' % index for index in range(count)]
         self._opened = [False] * count
         self._open_left = count
-        self._role = b"null" if calling or tooled else b'""'
-        self._calling, self._legacy = calling, legacy
+        self._role = b"null" if tooled else b'""'
+        self._legacy = legacy
         self._out: list[bytes] = []
 
     def text(self, index: int, text: str, logprobs: list[ContentLogprob] | None = None) -> None:

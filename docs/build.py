@@ -1,0 +1,123 @@
+"""Writes docs/settings.md and docs/cli.md from the table of settings and the parsers: python docs/build.py.
+
+A test compares the files with what this would write, so they cannot be out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tertulia.cli import build_parser
+from tertulia.config import LocalModel, Setting, Settings, Upstream, table
+from tertulia.core import Preset
+from tertulia.repl import COMMANDS
+
+DOCS = Path(__file__).resolve().parent
+NOTE = "<!-- Made by docs/build.py; do not edit. -->\n"
+
+SETTINGS = """\
+# Settings
+
+Every setting can be given in four ways; the later wins: its default, a TOML file (`--config FILE` or `TERTULIA_CONFIG`),
+an environment variable, a flag of `tertulia serve`. `tertulia.client(NAME=...)` takes the same names. A name that does
+not exist, or a value that cannot be, is an error that names the key and the nearest right one.
+"""
+PRESET = {
+    "model": "a model, alias or other preset that answers",
+    "system": "system message put before the caller's messages",
+    "examples": 'earlier turns: `[{ user = "...", assistant = "..." }]`',
+    "parameters": "body parameters used where the caller gives none",
+}
+
+
+def spell(value: Any) -> str:
+    """A default as TOML has it."""
+    if value is None:
+        return "not given"
+    if value == "":
+        return "empty"
+    return f"`{msgspec.json.encode(value).decode()}`" if not isinstance(value, str) else f"`{value}`"
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def rows(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    whole = [head, tuple("---" for _ in head), *lines]
+    return "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in whole)
+
+
+def section(title: str, words: str, settings: list[Setting]) -> str:
+    """One table such as [models.NAME]."""
+    required = {field.name for field in msgspec.structs.fields(_shape(title)) if field.required}
+    lines = [
+        (f"`{row.name}`", row.shape, "required" if row.name in required else spell(row.default), row.help or PRESET[row.name])
+        for row in settings
+    ]
+    return f"\n## [{title}]\n\n{words}\n\n" + rows(("key", "type", "default", "what"), lines)
+
+
+def _shape(title: str) -> type[msgspec.Struct]:
+    return {"models.NAME": LocalModel, "presets.NAME": Preset, "upstreams.NAME": Upstream}[title]
+
+
+def settings_page() -> str:
+    """docs/settings.md."""
+    plain = [row for row in table(Settings) if row.plain]
+    text = NOTE + SETTINGS + "\n## Plain settings\n\n"
+    text += rows(
+        ("TOML key", "environment", "type", "default", "what"),
+        [(f"`{row.name}`", f"`{row.env}`", row.shape, spell(row.default), row.help) for row in plain],
+    )
+    text += "\nThe flag of each is its name with dashes: `--memory-budget`; one of type yes/no has a `--no-` form too.\n"
+    text += "\n## Tables\n\nIn the TOML file only.\n\n"
+    text += rows(("table", "what"), [(f"`[{row.name}]`", row.help) for row in table(Settings) if not row.plain])
+    text += section("models.NAME", "A model of your own; NAME is what callers ask for. Give `file` or `source`.", table(LocalModel))
+    text += section("presets.NAME", "How-to: [how-to/presets.md](how-to/presets.md).", table(Preset))
+    text += section("upstreams.NAME", "How-to: [how-to/upstream.md](how-to/upstream.md).", table(Upstream))
+    return text
+
+
+def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of the commands, in the order of --help."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    raise AssertionError("the command line has commands")
+
+
+def option(action: argparse.Action) -> tuple[str, str]:
+    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
+    takes = bool(action.option_strings) and action.nargs != 0 and not isinstance(action, argparse.BooleanOptionalAction)
+    meta = action.metavar or action.dest.upper()
+    return names + (f" `{meta}`" if takes else ""), (action.help or "").replace("%%", "%")
+
+
+def cli_page() -> str:
+    """docs/cli.md."""
+    parser = build_parser()
+    about = {action.dest: action.help or "" for one in parser._actions if isinstance(one, argparse._SubParsersAction)
+             for action in one._choices_actions}  # fmt: skip
+    text = NOTE + "# Command line\n\n"
+    found = commands(parser)
+    text += rows(("command", "what"), [(f"[`tertulia {name}`](#tertulia-{name})", about.get(name, "")) for name in found])
+    text += "\nExit codes: 0 done, 1 failed, 2 asked wrongly (unknown option, bad setting), 130 interrupted.\n"
+    for name, command in found.items():
+        text += f"\n## tertulia {name}\n\n{(command.description or about.get(name, '')).strip()}\n\n"
+        text += rows(("argument", "what"), [option(one) for one in command._actions if one.dest != "help"])
+        if name == "chat":
+            text += "\nWithin a conversation:\n\n"
+            text += rows(("command", "what"), [(f"`/{word} {takes}`".replace(" `", "`"), what) for word, (takes, what) in COMMANDS.items()])
+    return text
+
+
+PAGES = {"settings.md": settings_page, "cli.md": cli_page}
+
+if __name__ == "__main__":
+    for page, made in PAGES.items():
+        (DOCS / page).write_text(made(), encoding="utf-8")

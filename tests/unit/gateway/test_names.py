@@ -1,0 +1,218 @@
+"""What a model name means, and what a preset puts into a body."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from tertulia.api import chat, completions, embeddings
+from tertulia.core import NOBODY, Call, ModelCard, Preset, Reply, Task
+from tertulia.engines.base import Collector
+from tertulia.errors import BadRequest, ModelNotFound, SettingsError
+from tertulia.gateway.names import KNOWN_LIMIT, Names
+
+DEFAULTS = {"chat": "small", "embedding": "vectors"}
+
+
+class Shelf:
+    """An engine that only lists models."""
+
+    def __init__(self, *cards: ModelCard) -> None:
+        self.cards = list(cards)
+
+    async def answer(self, call: Call) -> None: ...
+
+    def models(self) -> Sequence[ModelCard]:
+        return self.cards
+
+    async def ready(self, model: str) -> bool:
+        return True
+
+    async def close(self) -> None: ...
+
+
+def card(id: str, kind: str = "chat", **more: Any) -> ModelCard:
+    return ModelCard(id=id, kind=kind, source="mock:", **more)
+
+
+SHELF = Shelf(card("small"), card("large"), card("vectors", "embedding"), card("org/model:7b", created=7))
+
+
+def names(
+    presets: Mapping[str, Preset] | None = None, aliases: Mapping[str, str] | None = None, strict: bool = False
+) -> Names:
+    return Names([SHELF], presets or {}, aliases or {}, DEFAULTS, strict)
+
+
+@pytest.mark.parametrize(
+    ("asked", "model"),
+    [
+        ("small", "small"), ("org/model:7b", "org/model:7b"), ("gpt-4o", "small"), ("gpt-3.5-turbo-instruct", "small"),
+        ("chatgpt-4o-latest", "small"), ("o1", "small"), ("o4-mini", "small"), ("codex-mini", "small"),
+        ("text-davinci-003", "small"), ("davinci-002", "small"), ("text-embedding-3-small", "vectors"),
+        ("text-embedding-ada-002", "vectors"),
+    ],
+)  # fmt: skip
+def test_openais_names_lead_to_the_defaults(asked: str, model: str) -> None:
+    target = names().find(asked)
+    assert (target.model, target.card.id, target.engine, target.preset) == (model, model, SHELF, None)
+
+
+@pytest.mark.parametrize("asked", ["", "SMALL", "small ", "gpt", "ollama", "of-course", "claude-3", "*", "gpt-", "x" * 512])
+def test_any_other_name_is_a_404_and_not_a_guess(asked: str) -> None:
+    if asked == "gpt-":
+        assert names().find(asked).model == "small"  # the pattern gpt-* takes it
+        return
+    with pytest.raises(ModelNotFound) as error:
+        names().find(asked)
+    assert error.value.message == f"The model `{asked}` does not exist or you do not have access to it."
+
+
+def test_strict_knows_none_of_openais_names_but_ours() -> None:
+    strict = names(aliases={"fast": "small", "my-*": "large"}, strict=True)
+    assert [strict.find(name).model for name in ("small", "fast", "my-own")] == ["small", "small", "large"]
+    with pytest.raises(ModelNotFound):
+        strict.find("gpt-4o")
+
+
+def test_the_order_model_preset_exact_pattern_openai() -> None:
+    it = names(
+        {"gpt-4o": Preset(model="large"), "small": Preset(model="large")},
+        {"gpt-4": "large", "gpt-4o": "small", "gpt-4*": "vectors", "gpt-*": "large", "large": "small"},
+    )
+    assert it.find("small").preset is None  # a model's own name cannot be taken from it
+    assert it.find("large").model == "large"
+    assert it.find("gpt-4o").preset is not None
+    assert it.find("gpt-4").model == "large"
+    assert it.find("gpt-4.1").model == "vectors"  # the first pattern of the file that fits
+    assert it.find("gpt-5").model == "large"
+    assert it.find("o1").model == "small"
+
+
+def test_aliases_of_aliases() -> None:
+    assert names(aliases={"a": "b", "b": "c", "c": "large"}).find("a").model == "large"
+
+
+@pytest.mark.parametrize(
+    ("presets", "aliases", "said"),
+    [
+        ({}, {"a": "nowhere"}, "aliases.a: there is no model 'nowhere'"),
+        ({}, {"a": "b", "b": "a"}, "aliases.a: there is no model 'b'"),
+        ({"p": Preset(model="nowhere")}, {}, "presets.p.model: there is no model 'nowhere'"),
+        ({"p": Preset(model="q"), "q": Preset(model="p")}, {}, "presets.p.model: there is no model 'q'"),
+        ({"p": Preset(model="p")}, {}, "presets.p.model: there is no model 'p'"),
+        ({"p": Preset(model="small", examples=[{"user": "a", "asistant": "b"}])}, {},
+         "presets.p.examples[0].asistant: only user and assistant have turns"),
+    ],
+)  # fmt: skip
+def test_what_leads_nowhere_is_refused_at_start(presets: Any, aliases: Any, said: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        names(presets, aliases)
+    assert error.value.message == said
+
+
+def test_a_pattern_that_leads_to_itself_ends() -> None:
+    it = names(aliases={"gpt-*": "gpt-4", "loop-*": "loop-a"})
+    with pytest.raises(ModelNotFound):
+        it.find("loop-b")
+    assert it.find("gpt-5").model == "small"  # gpt-4 is no model; OpenAI's names come after
+
+
+def test_what_was_resolved_is_kept_and_bounded() -> None:
+    it = names()
+    assert it.find("gpt-4o") is it.find("gpt-4o")
+    for at in range(KNOWN_LIMIT + 10):
+        it.find(f"gpt-{at}")
+    assert len(it._known) <= KNOWN_LIMIT
+
+
+def test_refresh_sees_new_models() -> None:
+    shelf = Shelf(card("small"))
+    it = Names([shelf], {}, {}, DEFAULTS)
+    with pytest.raises(ModelNotFound):
+        it.find("new")
+    shelf.cards.append(card("new"))
+    it.refresh()
+    assert it.find("new").model == "new"
+
+
+def test_the_list_shows_models_presets_and_exact_aliases() -> None:
+    it = names({"poet": Preset(model="small")}, {"fast": "small", "x-*": "small"})
+    assert [card.id for card in it.listed()] == ["small", "large", "vectors", "org/model:7b", "poet", "fast"]
+    assert all(isinstance(card.created, int) and card.created > 0 for card in it.listed())
+    assert it.card("org/model:7b").created == 7 and it.card("gpt-4o").id == "gpt-4o"
+    with pytest.raises(ModelNotFound):
+        it.card("nowhere")
+
+
+# Presets ----------------------------------------------------------------------------------------------------------
+
+POET = Preset(
+    model="small",
+    system="Rhyme.",
+    examples=[{"user": "cat", "assistant": "hat"}],
+    parameters={"temperature": 1.5, "stop": ["\n"], "max_tokens": 7},
+)
+TURNS = [
+    {"role": "system", "content": "Rhyme."}, {"role": "user", "content": "cat"}, {"role": "assistant", "content": "hat"},
+]  # fmt: skip
+HELLO = [{"role": "user", "content": "dog"}]
+
+
+def asked(make: Any, body: dict[str, Any], presets: Mapping[str, Preset] | None = None) -> tuple[Call, dict[str, Any]]:
+    task: Task = make.task(names(presets or {"poet": POET}).resolve)
+    call = Call("req_1", NOBODY, task, json.dumps(body).encode(), Reply(Collector()), 0)
+    task.check(call)
+    return call, json.loads(call.body)
+
+
+def test_a_preset_speaks_first_and_fills_in_what_the_caller_leaves_out() -> None:
+    call, body = asked(chat, {"model": "poet", "messages": HELLO, "temperature": 0.1, "stop": None, "stream": True})
+    assert body == {
+        "model": "small", "messages": TURNS + HELLO, "temperature": 0.1, "stop": ["\n"], "max_tokens": 7, "stream": True,
+    }  # fmt: skip
+    assert call.model == "poet" and call.stream is True
+    assert call.target is not None and call.target.model == "small" and call.target.preset == POET
+    assert len(call.asked.messages) == 4 and call.asked.stop == ["\n"]
+
+
+def test_the_callers_spelling_of_a_limit_wins() -> None:
+    _, body = asked(chat, {"model": "poet", "messages": HELLO, "max_completion_tokens": 3})
+    assert body["max_completion_tokens"] == 3 and "max_tokens" not in body
+
+
+def test_a_preset_of_a_preset() -> None:
+    presets = {"poet": POET, "sad": Preset(model="poet", system="Weep.", examples=[{"user": "sun"}], parameters={"temperature": 0})}
+    call, body = asked(chat, {"model": "sad", "messages": HELLO}, presets)
+    assert [message["content"] for message in body["messages"]] == ["Weep.", "cat", "hat", "sun", "dog"]
+    assert (body["temperature"], body["max_tokens"], body["model"]) == (0, 7, "small")
+    assert call.model == "sad"
+    inherits = {"poet": POET, "same": Preset(model="poet")}
+    assert asked(chat, {"model": "same", "messages": HELLO}, inherits)[1]["messages"] == TURNS + HELLO
+
+
+def test_a_preset_behind_an_alias() -> None:
+    it = Names([SHELF], {"poet": POET}, {"bard": "poet"}, DEFAULTS)
+    assert it.find("bard").preset == POET
+
+
+def test_a_preset_and_a_text_completion() -> None:
+    _, body = asked(completions, {"model": "poet", "prompt": "dog"})
+    assert (body["prompt"], body["model"], body["temperature"]) == ("Rhyme.\n\ndog", "small", 1.5)
+    _, body = asked(completions, {"model": "poet", "prompt": ["dog"]})
+    assert body["prompt"] == ["dog"]
+
+
+def test_a_preset_does_not_embed() -> None:
+    with pytest.raises(BadRequest) as error:
+        asked(embeddings, {"model": "poet", "input": "dog"})
+    assert error.value.param == "model"
+
+
+def test_a_presets_own_mistake_names_its_parameter() -> None:
+    with pytest.raises(BadRequest) as error:
+        asked(chat, {"model": "p", "messages": HELLO}, {"p": Preset(model="small", parameters={"temperature": 9})})
+    assert error.value.param == "temperature"
