@@ -28,11 +28,14 @@ CORPUS = Path(__file__).parent.parent / "tests" / "schemas"
 FORMATS = jsonschema.Draft202012Validator.FORMAT_CHECKER
 
 
+def corpus(name: str) -> list[Any]:
+    return [json.loads(line) for line in (CORPUS / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
 def cases(every: int) -> list[tuple[str, str, Any]]:
     """(name, "format" or "tool", schema)"""
-    lines = [json.loads(line) for line in open(CORPUS / "enforceable.jsonl", encoding="utf-8")][::every]
     found = []
-    for line in lines:
+    for line in corpus("enforceable")[::every]:
         found.append((line["name"], "format", line["schema"]))
         if line["schema"].get("type") == "object":
             found.append((line["name"], "tool", line["schema"]))
@@ -51,9 +54,9 @@ def ask(client: openai.OpenAI, options: argparse.Namespace, kind: str, schema: A
     """(text of the JSON, finish reason)"""
     asked = parameters(kind, schema)
     messages: Any = [{"role": "user", "content": "Make up an answer. Be brief."}]
-    common: dict[str, Any] = {"model": options.model, "max_tokens": options.max_tokens, "seed": seed, "temperature": 1.0}
+    common: dict[str, Any] = {"model": options.model, "max_tokens": options.max_tokens, "seed": seed}
     if not options.direct:
-        choice = client.chat.completions.create(messages=messages, **asked, **common).choices[0]
+        choice: Any = client.chat.completions.create(messages=messages, **asked, **common).choices[0]
         calls: Any = choice.message.tool_calls
         return (calls[0].function.arguments if calls else choice.message.content or ""), choice.finish_reason
     plan = toolcalls.plan(**asked)
@@ -73,16 +76,15 @@ def judge(text: str, schema: Any) -> str | None:
         value = json.loads(text)
     except ValueError as error:
         return f"not JSON: {error}"
-    for error in jsonschema.Draft202012Validator(schema, format_checker=FORMATS).iter_errors(value):
-        return error.message
-    return None
+    wrong = next(jsonschema.Draft202012Validator(schema, format_checker=FORMATS).iter_errors(value), None)
+    return None if wrong is None else str(wrong.message)
 
 
 def refusals(client: openai.OpenAI, options: argparse.Namespace) -> int:
     """How many schemas that cannot be enforced were answered all the same."""
     wrong = 0
-    for line in open(CORPUS / "refused.jsonl", encoding="utf-8"):
-        schema = json.loads(line)["schema"]
+    for line in corpus("refused"):
+        schema = line["schema"]
         try:
             ask(client, options, "format", schema, 1)
         except (openai.BadRequestError, BadRequest) as error:
@@ -125,7 +127,8 @@ def main() -> int:
         print(f"{count:6} {word}")
     ended = counts["format valid"] + counts["format INVALID"] + counts["tool valid"] + counts["tool INVALID"]
     good = counts["format valid"] + counts["tool valid"]
-    print(f"{ended} ended by themselves, {good} of them validate; {wrong} not refused; {time.monotonic() - started:.0f} s")
+    seconds = time.monotonic() - started
+    print(f"{ended} ended by themselves, {good} of them validate; {wrong} not refused; {seconds:.0f} s")
     return 1 if wrong or good < ended else 0
 
 

@@ -91,11 +91,17 @@ def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
     raise AssertionError("the command line has commands")
 
 
+def sentence(text: str) -> str:
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
 def option(action: argparse.Action) -> tuple[str, str]:
     names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
     takes = bool(action.option_strings) and action.nargs != 0 and not isinstance(action, argparse.BooleanOptionalAction)
     meta = action.metavar or action.dest.upper()
-    return names + (f" `{meta}`" if takes else ""), (action.help or "").replace("%%", "%")
+    what = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+    return names + (f" `{meta}`" if takes else ""), what
 
 
 def cli_page() -> str:
@@ -108,7 +114,7 @@ def cli_page() -> str:
     text += rows(("command", "what"), [(f"[`tertulia {name}`](#tertulia-{name})", about.get(name, "")) for name in found])
     text += "\nExit codes: 0 done, 1 failed, 2 asked wrongly (unknown option, bad setting), 130 interrupted.\n"
     for name, command in found.items():
-        text += f"\n## tertulia {name}\n\n{(command.description or about.get(name, '')).strip()}\n\n"
+        text += f"\n## tertulia {name}\n\n{sentence(command.description or about.get(name) or name)}\n\n"
         text += rows(("argument", "what"), [option(one) for one in command._actions if one.dest != "help"])
         if name == "chat":
             text += "\nWithin a conversation:\n\n"

@@ -109,7 +109,8 @@ def serve(data: Path, config: str = "", *arguments: str, environment: dict[str, 
     """Starts `tertulia serve` on a port of the system's choice and waits until it answers."""
     data.mkdir(parents=True, exist_ok=True)
     api_key, admin_key = f"sk-test-{secrets.token_hex(16)}", f"sk-admin-{secrets.token_hex(16)}"
-    command = [sys.executable, "-m", "tertulia", "serve", "--data", str(data), "--port", "0", *arguments]
+    # One thread an engine: a machine that runs other things beside the tests would make two wait for each other.
+    command = [sys.executable, "-m", "tertulia", "serve", "--data", str(data), "--port", "0", "--threads", "1", *arguments]
     if config:
         (data / "tertulia.toml").write_text(config)
         command += ["--config", str(data / "tertulia.toml")]

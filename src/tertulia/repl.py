@@ -681,7 +681,7 @@ def find_server(
     if environment.get("OPENAI_BASE_URL"):
         return environment["OPENAI_BASE_URL"], options.ask_key or environment.get("OPENAI_API_KEY")
     url, key = own
-    if url and alive(url):
+    if url and alive(url, options.ask_key or key):
         return url, options.ask_key or key
     server = started(options, data, talk)
     stack.callback(server.close)
@@ -700,10 +700,12 @@ def started(options: argparse.Namespace, data: Path, talk: bool) -> Background:
     return start(data=str(data), config=options.config, host="127.0.0.1", preload=None if talk else False)
 
 
-def alive(base_url: str) -> bool:
-    """Whether a Tertulia answers there; asked without a key."""
+def alive(base_url: str, key: str | None = None) -> bool:
+    """Whether a Tertulia answers there, and knows the key if there is one; the first is asked without the key."""
     try:
         status, body = Api(base_url.rstrip("/").removesuffix("/v1")).get("/healthz", PROBE_TIMEOUT)
+        if status != 200 or b'"ok"' not in body:
+            return False
+        return key is None or Api(base_url, key).get("/models", PROBE_TIMEOUT)[0] == 200
     except TertuliaError:
         return False
-    return status == 200 and b'"ok"' in body

@@ -186,8 +186,11 @@ def test_a_corrupt_file_is_one_clear_sentence(model: Path, tmp_path: Path, how: 
     play(part, path)
 
 
-def test_a_full_cache_ends_the_calls_with_an_error_and_the_next_one_works(model: Path) -> None:
+def test_a_full_cache_ends_the_calls_with_an_error_and_the_next_one_works(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Eight slots share 1,024 cells here, and each call wants 200."""
+    monkeypatch.setattr("tertulia.engines.children.CACHE_SHARE", 4)
 
     async def part(children: Children) -> None:
         child = await children.running(CARD)
@@ -201,7 +204,7 @@ def test_a_full_cache_ends_the_calls_with_an_error_and_the_next_one_works(model:
         assert (await child.pool.fetch("POST", "/v1/completions", child.headers, body, 60))[0] == 200
         assert child.alive
 
-    play(part, model, parallel=8, context_length=1024, memory_budget=270)
+    play(part, model, parallel=8, context_length=1024, memory_budget=285)
 
 
 PARENT = """

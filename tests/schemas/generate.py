@@ -4,6 +4,7 @@ enforceable.jsonl: schemas of growing difficulty, level 1 to 6; whatever ends by
 refused.jsonl: schemas that the engine cannot enforce, with a word of the reason; each must be a 400.
 """
 
+# ruff: noqa: E501 - tables of cases read better one case a line
 from __future__ import annotations
 
 import json
@@ -27,7 +28,11 @@ def closed(properties: dict[str, Any], *optional: str, **more: Any) -> dict[str,
 def scalars() -> Iterator[Schema]:
     """Level 1: one value."""
     yield from ({"type": "boolean"}, {"type": "null"}, {"const": "yes"}, {"const": 3.5}, {"const": None}, DAY)
-    yield from ({"enum": [1, 2, 3]}, {"enum": [1, "1", None, True, 1.5]}, {"enum": ["é", '"quoted"', "back\\slash", "line\nbreak", "日本"]})
+    yield from (
+        {"enum": [1, 2, 3]},
+        {"enum": [1, "1", None, True, 1.5]},
+        {"enum": ["é", '"quoted"', "back\\slash", "line\nbreak", "日本"]},
+    )
     yield {"enum": [{"a": 1}, [1, 2], {}]}
     for low, high in ((0, 9), (-5, 5), (10, 10), (-1000, -1), (1, 65535), (0, 10**9), (99, 101), (-(2**31), 2**31 - 1)):
         yield {"type": "integer", "minimum": low, "maximum": high}
@@ -59,7 +64,13 @@ def texts() -> Iterator[Schema]:
 
 def objects() -> Iterator[Schema]:
     """Level 3: objects and arrays of one kind."""
-    kinds: list[Any] = [WORD, {"type": "integer", "minimum": 0, "maximum": 99}, {"type": "boolean"}, DAY, {"type": "null"}]
+    kinds: list[Any] = [
+        WORD,
+        {"type": "integer", "minimum": 0, "maximum": 99},
+        {"type": "boolean"},
+        DAY,
+        {"type": "null"},
+    ]
     for size in (0, 1, 2, 3, 5, 8, 13):
         properties = {f"field_{at}": kinds[at % len(kinds)] for at in range(size)}
         yield closed(properties)
@@ -68,43 +79,125 @@ def objects() -> Iterator[Schema]:
     for low, high in ((0, 0), (0, 3), (1, 1), (2, 4), (5, 5), (3, 12)):
         for kind in kinds[:4]:
             yield {"type": "array", "items": kind, "minItems": low, "maxItems": high}
-    for name in ("naïve", "日本語", "with space", 'quo"te', "back\\slash", "tab\there", "emoji 🙂", "a/b~c", "", "$ref", "type", "}{", "<tool_call>"):
+    for name in (
+        "naïve",
+        "日本語",
+        "with space",
+        'quo"te',
+        "back\\slash",
+        "tab\there",
+        "emoji 🙂",
+        "a/b~c",
+        "",
+        "$ref",
+        "type",
+        "}{",
+        "<tool_call>",
+    ):
         yield closed({name: WORD, "other": {"type": "boolean"}})
-    yield {"type": "object", "additionalProperties": {"type": "integer", "minimum": 0, "maximum": 9}, "maxProperties": 2}
-    yield {"type": "object", "properties": {"a": WORD, "b": WORD, "c": DAY}, "minProperties": 1, "additionalProperties": False}
+    yield {
+        "type": "object",
+        "additionalProperties": {"type": "integer", "minimum": 0, "maximum": 9},
+        "maxProperties": 2,
+    }
+    yield {
+        "type": "object",
+        "properties": {"a": WORD, "b": WORD, "c": DAY},
+        "minProperties": 1,
+        "additionalProperties": False,
+    }
     yield {"type": "object", "properties": {"a": WORD, "b": WORD}, "minProperties": 2, "additionalProperties": False}
-    yield {"type": "object", "patternProperties": {"^x-[a-z]{1,4}$": DAY}, "additionalProperties": False, "maxProperties": 3}
-    yield {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "boolean"}, "maxProperties": 1}
+    yield {
+        "type": "object",
+        "patternProperties": {"^x-[a-z]{1,4}$": DAY},
+        "additionalProperties": False,
+        "maxProperties": 3,
+    }
+    yield {
+        "type": "object",
+        "propertyNames": {"type": "string"},
+        "additionalProperties": {"type": "boolean"},
+        "maxProperties": 1,
+    }
     yield {"properties": {"kind": DAY}, "required": ["kind"]}
-    yield {"type": "array", "prefixItems": [WORD, {"type": "integer", "minimum": 0, "maximum": 9}], "items": False, "minItems": 2}
+    yield {
+        "type": "array",
+        "prefixItems": [WORD, {"type": "integer", "minimum": 0, "maximum": 9}],
+        "items": False,
+        "minItems": 2,
+    }
     yield {"type": "array", "prefixItems": [DAY, DAY], "items": {"type": "boolean"}, "minItems": 2, "maxItems": 4}
     yield {"type": "array", "items": DAY, "uniqueItems": True, "maxItems": 1}
 
 
 def unions() -> Iterator[Schema]:
     """Level 4: alternatives and conjunctions."""
-    point = closed({"x": {"type": "integer", "minimum": -9, "maximum": 9}, "y": {"type": "integer", "minimum": -9, "maximum": 9}})
+    point = closed(
+        {"x": {"type": "integer", "minimum": -9, "maximum": 9}, "y": {"type": "integer", "minimum": -9, "maximum": 9}}
+    )
     cat = closed({"kind": {"const": "cat"}, "lives": {"type": "integer", "minimum": 1, "maximum": 9}})
     dog = closed({"kind": {"const": "dog"}, "name": WORD})
-    yield from ({"anyOf": [WORD, {"type": "null"}]}, {"type": ["string", "null"], "maxLength": 9}, {"type": ["integer", "boolean"], "minimum": 3, "maximum": 7})
-    yield from ({"anyOf": [cat, dog]}, {"oneOf": [cat, dog]}, {"anyOf": [point, {"type": "array", "items": DAY, "maxItems": 2}, DAY]})
-    yield {"oneOf": [{"type": "object", "properties": {"a": WORD}, "required": ["a"]}, {"type": "object", "properties": {"b": WORD}, "required": ["b"]}]}
-    yield {"oneOf": [WORD, {"type": "integer", "minimum": 0, "maximum": 9}, {"type": "array", "items": WORD, "maxItems": 1}]}
+    yield from (
+        {"anyOf": [WORD, {"type": "null"}]},
+        {"type": ["string", "null"], "maxLength": 9},
+        {"type": ["integer", "boolean"], "minimum": 3, "maximum": 7},
+    )
+    yield from (
+        {"anyOf": [cat, dog]},
+        {"oneOf": [cat, dog]},
+        {"anyOf": [point, {"type": "array", "items": DAY, "maxItems": 2}, DAY]},
+    )
+    yield {
+        "oneOf": [
+            {"type": "object", "properties": {"a": WORD}, "required": ["a"]},
+            {"type": "object", "properties": {"b": WORD}, "required": ["b"]},
+        ]
+    }
+    yield {
+        "oneOf": [
+            WORD,
+            {"type": "integer", "minimum": 0, "maximum": 9},
+            {"type": "array", "items": WORD, "maxItems": 1},
+        ]
+    }
     yield {
         "oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}], "discriminator": {"propertyName": "kind"},
         "$defs": {"Cat": {"title": "Cat", "type": "object", "properties": {"kind": {"const": "cat", "default": "cat"}, "age": DAY}},
                   "Dog": {"title": "Dog", "type": "object", "properties": {"kind": {"const": "dog", "default": "dog"}, "age": DAY}}},
     }  # fmt: skip
-    yield {"allOf": [{"type": "object", "properties": {"a": DAY}, "required": ["a"]}, {"type": "object", "properties": {"b": DAY}, "required": ["b"], "maxProperties": 9}][:1]}
+    yield {
+        "allOf": [
+            {"type": "object", "properties": {"a": DAY}, "required": ["a"]},
+            {"type": "object", "properties": {"b": DAY}, "required": ["b"], "maxProperties": 9},
+        ][:1]
+    }
     yield {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 8}, {"multipleOf": 2}]}
     yield {"allOf": [{"type": "string", "pattern": "^a"}, {"type": "string", "pattern": "z$"}, {"maxLength": 6}]}
-    yield {"type": "object", "properties": {"a": DAY, "b": DAY}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}], "additionalProperties": False}
-    yield {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "string", "pattern": "^zz", "maxLength": 6}], "minLength": 2}
+    yield {
+        "type": "object",
+        "properties": {"a": DAY, "b": DAY},
+        "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
+        "additionalProperties": False,
+    }
+    yield {
+        "anyOf": [{"type": "string", "maxLength": 3}, {"type": "string", "pattern": "^zz", "maxLength": 6}],
+        "minLength": 2,
+    }
     for size in (2, 4, 8):
-        yield {"anyOf": [closed({"tag": {"const": f"t{at}"}, f"v{at}": {"type": "integer", "minimum": at, "maximum": at * 10}}) for at in range(size)]}
+        yield {
+            "anyOf": [
+                closed({"tag": {"const": f"t{at}"}, f"v{at}": {"type": "integer", "minimum": at, "maximum": at * 10}})
+                for at in range(size)
+            ]
+        }
         yield closed({f"f{at}": {"anyOf": [DAY, {"type": "null"}, point]} for at in range(size)})
     for types in (["string", "null"], ["integer", "null"], ["boolean", "string", "null"]):
-        yield closed({"a": {"type": types, "maxLength": 8, "minimum": 0, "maximum": 50}, "b": {"type": types, "maxLength": 3, "minimum": 0, "maximum": 5}})
+        yield closed(
+            {
+                "a": {"type": types, "maxLength": 8, "minimum": 0, "maximum": 50},
+                "b": {"type": types, "maxLength": 3, "minimum": 0, "maximum": 5},
+            }
+        )
 
 
 def nested() -> Iterator[Schema]:
@@ -123,11 +216,25 @@ def nested() -> Iterator[Schema]:
     yield {"$defs": {"Node": node}, "$ref": "#/$defs/Node"}
     yield closed({"head": {"$ref": "#/$defs/Node"}, "size": digit}, **{"$defs": {"Node": node}})
     yield closed({"value": digit, "children": {"type": "array", "items": {"$ref": "#"}, "maxItems": 2}})
-    yield {"definitions": {"a/b": DAY, "c~d": digit}, **closed({"x": {"$ref": "#/definitions/a~1b"}, "y": {"$ref": "#/definitions/c~0d"}})}
+    yield {
+        "definitions": {"a/b": DAY, "c~d": digit},
+        **closed({"x": {"$ref": "#/definitions/a~1b"}, "y": {"$ref": "#/definitions/c~0d"}}),
+    }
     yield closed({"first": DAY, "second": {"$ref": "#/properties/first"}})
-    tree = closed({"op": {"enum": ["+", "*"]}, "args": {"type": "array", "items": {"$ref": "#/$defs/Expr"}, "minItems": 2, "maxItems": 2}})
+    tree = closed(
+        {
+            "op": {"enum": ["+", "*"]},
+            "args": {"type": "array", "items": {"$ref": "#/$defs/Expr"}, "minItems": 2, "maxItems": 2},
+        }
+    )
     yield {"$defs": {"Expr": {"anyOf": [digit, tree]}}, "$ref": "#/$defs/Expr"}
-    yield {"$defs": {"A": closed({"b": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/B"}]}}), "B": closed({"a": {"$ref": "#/$defs/A"}})}, "$ref": "#/$defs/A"}
+    yield {
+        "$defs": {
+            "A": closed({"b": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/B"}]}}),
+            "B": closed({"a": {"$ref": "#/$defs/A"}}),
+        },
+        "$ref": "#/$defs/A",
+    }
 
 
 def big() -> Iterator[Schema]:
@@ -177,7 +284,9 @@ def mixture(source: random.Random, depth: int) -> dict[str, Any]:
             return {"type": "array", "prefixItems": [value(depth - 1), value(0)], "items": False, "minItems": 2}
         return mixture(source, depth - 1)
 
-    names = source.sample(["id", "name", "größe", "tags", "at", "meta data", "状態", "x-y", "count", "ref"], source.randint(1, 4))
+    names = source.sample(
+        ["id", "name", "größe", "tags", "at", "meta data", "状態", "x-y", "count", "ref"], source.randint(1, 4)
+    )
     optional = [name for name in names if source.random() < 0.25]
     return closed({name: value(depth) for name in names}, *optional)
 

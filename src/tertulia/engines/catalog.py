@@ -86,7 +86,7 @@ DEFAULT_CHAT, DEFAULT_EMBEDDING = _SMOLLM2.card.id, _MINILM.card.id
 def nearest(name: str, names: list[str]) -> str:
     """A sentence's end that suggests the name meant, " Did you mean `x`?", or nothing if none is near."""
     lowered = {candidate.lower(): candidate for candidate in names}
-    near = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.4)
     return f" Did you mean `{lowered[near[0]]}`?" if near else ""
 
 
@@ -108,19 +108,20 @@ class HubName(NamedTuple):
 
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"  # begins with no dot, so no path can climb
+_LONGEST_ID = 240  # with an ending still a file name
 _ID = re.compile(rf"(?:{_PART}/)*{_PART}(?:@{_PART})?")
 _HUB_NAME = re.compile(rf"hf:({_PART}/{_PART})/((?:{_PART}/)*{_PART}\.gguf)(?:@({_PART}))?", re.IGNORECASE)
 
 
 def is_id(name: str) -> bool:
     """Whether name can be the id of a model on the shelf: parts of a path that does not climb."""
-    return _ID.fullmatch(name) is not None
+    return len(name) <= _LONGEST_ID and _ID.fullmatch(name) is not None
 
 
 def hub_name(name: str) -> HubName:
     """Reads `hf:...`; raises PullFailed saying what is wrong with it."""
     found = _HUB_NAME.fullmatch(name)
-    if found is None:
+    if found is None or len(name) > _LONGEST_ID:
         raise PullFailed(f"`{name}` is not of the form hf:ORG/REPO/FILE.gguf (or hf:ORG/REPO/FILE.gguf@REVISION).")
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", found[2], re.IGNORECASE):
         raise PullFailed(f"`{name}` is one part of a split model; only models in a single file can be served.")

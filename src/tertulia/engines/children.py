@@ -28,7 +28,8 @@ from . import connection, llama
 log = logging.getLogger("tertulia.engines")
 
 MEGABYTE = 1_000_000
-PROGRAM = 120 * MEGABYTE  # what a child needs beside weights and cache: interpreter, library, compute buffers
+PROGRAM = 160 * MEGABYTE  # what a child needs beside weights and cache: library, compute buffers, cached prompts
+CACHE_SHARE = 2  # one model's key-value cache may take the memory budget divided by this
 STOP_TIMEOUT = 2.0  # seconds between SIGTERM and SIGKILL
 CALM = 60.0  # seconds a child must live for its crash not to count as one of a row
 LONGEST_BACKOFF = 30.0  # seconds
@@ -39,8 +40,8 @@ class Child:
     """One loaded model. `with child:` counts a call in flight, and a child in use is not unloaded.
 
     slots: calls it answers at the same time; context_length: tokens one of them may hold, prompt and answer;
-    pool_tokens: tokens all of them may hold together (when that is full llama.cpp answers all of them with status
-    500, "Context size has been exceeded."); headers: request lines with the secret;
+    pool_tokens: tokens all of them may hold together (if less than slots * context_length and full, llama.cpp answers
+    all of them with status 500, "Context size has been exceeded."); headers: request lines with the secret;
     template_knows_tools: whether its chat template has tools.
     """
 
@@ -73,7 +74,12 @@ class Child:
     @property
     def resident_bytes(self) -> int:
         """Its share of physical memory; pages of a model file that two children share count half for each."""
-        return _resident(self.process.pid) or self.estimate
+        return _resident(self.process.pid)
+
+    @property
+    def claimed_bytes(self) -> int:
+        """What it may come to use, with every slot full; what the budget counts."""
+        return max(self.resident_bytes, self.estimate)
 
     async def describe(self) -> None:
         """Asks the engine what it made of its parameters. Raises EngineFailed."""
@@ -197,7 +203,7 @@ class Children:
             "kind": spec.kind or card.kind,
             "slots": spec.parallel or settings.parallel,
             "context": spec.context_length or settings.context_length,
-            "kv_budget": settings.memory_budget * MEGABYTE // 12,
+            "kv_budget": min(settings.memory_budget * MEGABYTE // CACHE_SHARE, _machine_memory() // 4),
             "threads": settings.threads or _cores(),
             "lora": list(spec.lora),
             "secret": secrets.token_hex(32),
@@ -252,7 +258,7 @@ class Children:
         return size + made.kv_bytes + PROGRAM
 
     def _used(self) -> int:
-        return sum(child.resident_bytes for child in self._loaded.values()) + sum(self._reserved.values())
+        return sum(child.claimed_bytes for child in self._loaded.values()) + sum(self._reserved.values())
 
     async def _unload_idlest(self, spare: Child | None = None) -> bool:
         idle = [child for child in self._loaded.values() if not child.in_use and child is not spare]
@@ -353,6 +359,10 @@ def _obituary(code: int) -> str:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _resident(pid: int) -> int:

@@ -37,25 +37,30 @@ class NotAModel(Exception):
 
 
 class Plan(NamedTuple):
-    """What a model will be given: tokens one request may hold, tokens all requests share, and bytes for the latter."""
+    """What a model will be given: tokens one request may hold, tokens all requests together may, the bytes these come
+    to when full, and whether the requests share them or each slot has its own."""
 
     context: int
     pool: int
     kv_bytes: int
+    shared: bool
 
 
 def plan(path: Path, slots: int, context: int | None, kv_budget: int) -> Plan:
-    """How a model is to be loaded. The requests share one pool of key-value cells, so that a single one can use the
-    whole context without every slot paying for it: slots * context tokens if they fit kv_budget bytes, else as many
-    as fit, but never less than one whole context. context None: the model's own, at most 8192. Raises NotAModel.
+    """How a model is to be loaded. context None: the model's own, at most 8192 tokens. Raises NotAModel.
+
+    If slots * context tokens fit kv_budget bytes, every slot has its own cache: requests cannot take room from each
+    other, and the same seed gives the same text whatever else is being answered. If not, all share a pool of as many
+    tokens as fit a quarter of it, but never less than one whole context.
     """
     header = read_header(path)
-    trained = _number(header, "context_length", CONTEXT_LIMIT)
-    context = min(context or CONTEXT_LIMIT, trained)
-    each = _cell_bytes(header)
-    pool = min(slots * context, max(context, kv_budget // each if each else slots * context))
-    pool = max(context, pool // 256 * 256)
-    return Plan(context, pool, pool * each)
+    context = min(context or CONTEXT_LIMIT, _number(header, "context_length", CONTEXT_LIMIT))
+    context = max(256, context // 256 * 256)  # llama.cpp counts in pages of 256
+    each, wanted = _cell_bytes(header), slots * context
+    if wanted * each <= kv_budget:
+        return Plan(context, wanted, wanted * each, False)
+    pool = max(context, kv_budget // 4 // each // 256 * 256)
+    return Plan(context, pool, pool * each, True)
 
 
 def _cell_bytes(header: dict[str, Any]) -> int:
@@ -194,10 +199,32 @@ def _serve(spec: dict[str, Any]) -> dict[str, int]:
 
     global _server  # it stops when it is collected
     _server = xllamacpp.Server(_parameters(xllamacpp, spec, made))
+    _release_zeros()
     return {"port": int(_server.listening_address.rpartition(":")[2]), "pool": made.pool}
 
 
 _server: Any = None
+
+
+def _release_zeros() -> None:
+    """llama.cpp fills its key-value cache with zeros, which makes all of it resident: 1.5 GB for eight slots of the
+    default model. Given back to the kernel, such pages read as zeros still and come back one by one as tokens fill
+    them. Safe only now, while no request can have come and nothing else writes to these mappings.
+    """
+    if sys.platform != "linux":
+        return
+    block, dont_need = 1 << 20, 4
+    libc, zeros = ctypes.CDLL(None), ctypes.create_string_buffer(block)
+    libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, rights, _, _, inode, *name = line.split()
+        begin, end = (int(edge, 16) for edge in span.split("-"))
+        if rights != "rw-p" or inode != "0" or name or end - begin < 16 * block:
+            continue
+        for at in range(begin, end - block + 1, block):
+            if libc.memcmp(at, zeros, block) == 0:
+                libc.madvise(at, block, dont_need)
 
 
 def _parameters(xllamacpp: Any, spec: dict[str, Any], made: Plan) -> Any:
@@ -205,9 +232,10 @@ def _parameters(xllamacpp: Any, spec: dict[str, Any], made: Plan) -> Any:
     it = xllamacpp.CommonParams()
     it.model.path, it.model_alias = spec["path"], {spec["name"]}
     it.n_parallel = spec["slots"]
-    it.n_ctx, it.kv_unified, it.kv_unified_per_slot = made.pool, True, made.context
+    it.n_ctx, it.kv_unified = made.pool, made.shared
+    it.kv_unified_per_slot = made.context if made.shared else 0
     it.ctx_shift = False  # never forget the beginning of a conversation silently
-    it.cache_ram_mib = max(16, spec["kv_budget"] // 5 >> 20)
+    it.cache_ram_mib = 64  # of prompts whose slot was taken; children.PROGRAM counts it
     it.cpuparams.n_threads = it.cpuparams_batch.n_threads = spec["threads"]
     it.warmup = False  # the first answer is as fast without, and loading is faster
     it.hostnames, it.port = ["127.0.0.1"], 0

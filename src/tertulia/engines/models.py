@@ -160,7 +160,7 @@ class Shelf:
     def remove(self, id: str) -> None:
         """Takes a model and whatever was begun of it off the shelf; raises NotFound."""
         id = _id_of(id)
-        if id not in self._ids() and not self._part(id).exists():
+        if not is_id(id) or (id not in self._ids() and not self._part(id).exists()):
             raise self._unknown(id)
         with self._locked(id, silent):
             for path in (self._manifest(id), self._file(id)):
@@ -432,12 +432,13 @@ class Bar:
         self.out.flush()
 
 
-def pull_all(names: Iterable[str], shelf: Shelf, out: TextIO = sys.stderr) -> list[Path]:
-    """Fetches models one after another, so that each bar has the terminal to itself; the first failure ends it.
+def pull_all(names: Iterable[str], shelf: Shelf, out: TextIO | None = None) -> list[Path]:
+    """Fetches models one after another, each bar with the terminal (out, else stderr) to itself; the first failure
+    ends it.
 
     Says nothing of models that are there already. Raises PullFailed or BadModelFile; returns the files.
     """
-    paths = []
+    paths, out = [], out or sys.stderr
     for name in names:
         bar = Bar(name, out)
         shown = False

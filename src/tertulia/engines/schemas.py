@@ -107,9 +107,8 @@ def check_name(name: Any, param: str) -> str:
         message = f"Invalid type for '{param}': expected a string, but got {type(name).__name__} instead."
         raise BadRequest(message, param=param, code="invalid_type")
     if not NAME.match(name):
-        pattern = "^[a-zA-Z0-9_-]{1,64}$"
-        message = f"Invalid '{param}': string does not match pattern. Expected a string that matches the pattern '{pattern}'."
-        raise BadRequest(message, param=param, code="invalid_value")
+        message = f"Invalid '{param}': string does not match pattern. Expected a string that matches the pattern "
+        raise BadRequest(message + "'^[a-zA-Z0-9_-]{1,64}$'.", param=param, code="invalid_value")
     return name
 
 
@@ -164,11 +163,11 @@ def compile_problem(lark: str) -> str | None:
 
 # What keywords there are. Those that only describe are dropped; those of the vocabularies that are neither here nor
 # handled below are refused; words that are in no vocabulary are ignored, as JSON Schema demands, unless strict.
-DESCRIBING = frozenset(
-    "title description default examples example deprecated readOnly writeOnly $comment $schema $id id $anchor $defs "
-    "definitions contentMediaType contentEncoding contentSchema discriminator nullable xml externalDocs "
-    "x-guidance minContains maxContains".split()
-)
+DESCRIBING = frozenset((
+    "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment",
+    "$schema", "$id", "id", "$anchor", "$defs", "definitions", "contentMediaType", "contentEncoding", "contentSchema",
+    "discriminator", "nullable", "xml", "externalDocs", "x-guidance", "minContains", "maxContains",
+))  # fmt: skip
 REFUSED = (
     "not", "if", "then", "else", "contains", "dependencies", "dependentRequired", "dependentSchemas", "$dynamicRef",
     "$recursiveRef", "unevaluatedItems",
@@ -183,9 +182,8 @@ KNOWN = frozenset((*OBJECT, *OBJECT_EXTRA, *ARRAY, *STRING, *NUMBER, *COMBINING,
 TYPES = frozenset(("object", "array", "string", "number", "integer", "boolean", "null"))
 FAMILIES = {"object": (*OBJECT, *OBJECT_EXTRA), "array": ARRAY, "string": STRING, "number": NUMBER}
 
-_MONTH_DAY = (
-    "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
-)
+_LONG, _SHORT = "(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])", "(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+_MONTH_DAY = f"(?:{_LONG}|{_SHORT}|02-(?:0[1-9]|1[0-9]|2[0-8]))"
 _LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][48]|[13579][26]|[2468]0)00)"
 _YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
 _DATE = f"(?:{_YEAR}-{_MONTH_DAY}|{_LEAP_YEAR}-02-29)"
@@ -197,7 +195,8 @@ _BYTE = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _LABEL = "[a-zA-Z](?:[a-zA-Z0-9-]{0,30}[a-zA-Z0-9])?"
 _HOST = rf"{_LABEL}(?:\.{_LABEL}){{0,6}}"
 _H = "[0-9a-fA-F]{1,4}"
-_IPV6 = "|".join([f"(?:{_H}:){{7}}{_H}", *(f"(?:{_H}:){{{n}}}(?::{_H}){{1,{7 - n}}}" for n in range(1, 7)), f"::{_H}", "::"])
+_SHORT_IPV6 = (f"(?:{_H}:){{{n}}}(?::{_H}){{1,{7 - n}}}" for n in range(1, 7))
+_IPV6 = "|".join((f"(?:{_H}:){{7}}{_H}", *_SHORT_IPV6, f"::{_H}", "::"))
 _PATH = "[a-zA-Z0-9._~-]"
 # Each is narrower than its RFC, so that every validator agrees with it.
 FORMATS = {
@@ -238,7 +237,9 @@ def kind_of(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "boolean"
-    return {str: "string", list: "array", dict: "object"}.get(type(value), "number")
+    if isinstance(value, str):
+        return "string"
+    return "array" if isinstance(value, list) else "object" if isinstance(value, dict) else "number"
 
 
 def _values(node: dict[str, Any]) -> Iterator[list[Any]]:
@@ -430,9 +431,9 @@ class Rewrite:
         names = node.get("propertyNames")
         if names is not None and names is not True and not _any_string(names):
             raise Unenforceable(path, "'propertyNames' is not permitted: the engine cannot enforce it.")
-        if "unevaluatedProperties" in node and node["unevaluatedProperties"] is not True:
-            if any(word in node for word in COMBINING):
-                raise Unenforceable(path, "'unevaluatedProperties' is not permitted: the engine cannot enforce it.")
+        beside = any(word in node for word in COMBINING)
+        if beside and node.get("unevaluatedProperties", True) is not True:
+            raise Unenforceable(path, "'unevaluatedProperties' is not permitted: the engine cannot enforce it.")
 
     def sizes(self, node: dict[str, Any], out: dict[str, Any], path: Path) -> None:
         """minProperties and maxProperties: free names may repeat and then count once, so only listed ones count."""
@@ -487,7 +488,8 @@ class Rewrite:
         for at, one in enumerate(narrowed):
             for beside, other in enumerate(branches):
                 if at != beside and not self.apart(one, other, 0):
-                    raise Unenforceable(path, "'oneOf' is not permitted where its alternatives may overlap; use 'anyOf'.")
+                    reason = "'oneOf' is not permitted where its alternatives may overlap; use 'anyOf'."
+                    raise Unenforceable(path, reason)
         return narrowed
 
     def tagged(self, branch: Node, tag: str) -> Node:
@@ -572,8 +574,10 @@ def numbers(node: dict[str, Any], out: dict[str, Any], path: Path) -> None:
     """Bounds and multipleOf of numbers."""
     bounds = {word: node[word] for word in NUMBER if word in node}
     for end in ("Minimum", "Maximum"):  # draft 4: a boolean beside the bound
-        if isinstance(bounds.get("exclusive" + end), bool):
-            if bounds.pop("exclusive" + end) and end.lower() in bounds:
+        exclusive = bounds.get("exclusive" + end)
+        if isinstance(exclusive, bool):
+            del bounds["exclusive" + end]
+            if exclusive and end.lower() in bounds:
                 bounds["exclusive" + end] = bounds.pop(end.lower())
     if (edges := INTEGER_FORMATS.get(str(node.get("format")))) is not None:
         bounds["minimum"] = max(bounds.get("minimum", edges[0]), edges[0])
@@ -700,8 +704,10 @@ def _rest(node: dict[str, Any]) -> Node:
 
 
 def _any_string(node: Node) -> bool:
-    return isinstance(node, dict) and all(word == "type" or word in DESCRIBING for word in node) and (
-        node.get("type", "string") == "string"
+    return (
+        isinstance(node, dict)
+        and all(word == "type" or word in DESCRIBING for word in node)
+        and (node.get("type", "string") == "string")
     )
 
 

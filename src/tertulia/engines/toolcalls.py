@@ -13,6 +13,9 @@ With tool_choice auto a small model nearly never opens a call by itself, and a p
 answers. So `Plan.choice` offers a first, short question: which function, or none? Its answer picks the plan of the real
 request (`Plan.chosen`). `Plan.grammar` decides in one pass, for models that can.
 
+One answer holds one call, or up to MAX_CALLS where `parallel_tool_calls: true` is said and no function is named. (By
+OpenAI's default several are allowed; but a small model that may go on repeats the same call to the bound.)
+
 This file does no I/O and knows nothing of HTTP; the shape of chunks is its caller's.
 """
 
@@ -111,7 +114,7 @@ class Plan(msgspec.Struct, frozen=True):
         """The plan after the first question: the named function is called, or text is written without tools."""
         for tool in self.tools:
             if tool.name == answer.strip():
-                return _assemble(self.tools, (tool,), False, True, self.legacy, self.several, self.answer)
+                return _assemble(self.tools, (tool,), False, True, self.legacy, False, self.answer)
         return _assemble(self.tools, (), True, False, self.legacy, False, self.answer)
 
 
@@ -133,7 +136,8 @@ def plan(
         return _assemble((), (), True, False, False, False, answer)
     read = _read_functions(functions) if legacy else _read_tools(tools)
     mode, some = _legacy_choice(function_call, read) if legacy else _choice(tool_choice, read)
-    several = not legacy and parallel_tool_calls is not False
+    named = isinstance(tool_choice, dict) and tool_choice.get("type") in ("function", "custom")
+    several = not legacy and not named and parallel_tool_calls is True
     return _assemble(read, some, mode != "required", mode != "none", legacy, several, answer)
 
 
@@ -160,11 +164,11 @@ def _bad(param: str, message: str, code: str = "invalid_value") -> BadRequest:
 
 def _list(value: Any, param: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
-        kind = type(value).__name__
-        raise _bad(param, f"Invalid type for '{param}': expected an array of objects, but got {kind} instead.", "invalid_type")
+        message = f"Invalid type for '{param}': expected an array of objects, but got {type(value).__name__} instead."
+        raise _bad(param, message, "invalid_type")
     if not value:
-        message = f"Invalid '{param}': empty array. Expected an array with minimum length 1, but got an empty array instead."
-        raise _bad(param, message, "empty_array")
+        message = f"Invalid '{param}': empty array. Expected an array with minimum length 1, "
+        raise _bad(param, message + "but got an empty array instead.", "empty_array")
     if len(value) > MAX_TOOLS:
         message = f"Invalid '{param}': array too long. Expected an array with maximum length {MAX_TOOLS}, "
         raise _bad(param, message + f"but got an array with length {len(value)} instead.", "array_above_max_length")
@@ -205,7 +209,9 @@ def _named(spec: dict[str, Any], param: str) -> tuple[str, str]:
         raise missing(f"{param}.name")
     description = spec.get("description") or ""
     if not isinstance(description, str):
-        raise _bad(f"{param}.description", f"Invalid type for '{param}.description': expected a string.", "invalid_type")
+        raise _bad(
+            f"{param}.description", f"Invalid type for '{param}.description': expected a string.", "invalid_type"
+        )
     return check_name(spec["name"], f"{param}.name"), description
 
 
@@ -256,10 +262,14 @@ def _choice(tool_choice: Any, tools: tuple[Tool, ...]) -> tuple[str, tuple[Tool,
         allowed = tool_choice.get("allowed_tools", tool_choice)
         param = "tool_choice.allowed_tools"
         if allowed.get("mode") not in ("auto", "required"):
-            raise _bad(f"{param}.mode", f"Invalid value: {allowed.get('mode')!r}. Supported values are: 'auto' and 'required'.")
+            raise _bad(
+                f"{param}.mode", f"Invalid value: {allowed.get('mode')!r}. Supported values are: 'auto' and 'required'."
+            )
         listed = _list(allowed.get("tools"), f"{param}.tools")
         return allowed["mode"], tuple(_find(each, tools, f"{param}.tools[{at}]") for at, each in enumerate(listed))
-    raise _bad("tool_choice", "Invalid value for 'tool_choice': expected a string or a tool choice object.", "invalid_type")
+    raise _bad(
+        "tool_choice", "Invalid value for 'tool_choice': expected a string or a tool choice object.", "invalid_type"
+    )
 
 
 def _find(reference: dict[str, Any], tools: tuple[Tool, ...], param: str) -> Tool:
@@ -281,7 +291,10 @@ def _legacy_choice(function_call: Any, tools: tuple[Tool, ...]) -> tuple[str, tu
     for tool in tools:
         if tool.name == name:
             return "required", (tool,)
-    raise _bad("function_call", f"Invalid value for 'function_call': no function named {name!r} was specified in the 'functions' parameter.")
+    raise _bad(
+        "function_call",
+        f"Invalid value for 'function_call': no function named {name!r} was specified in the 'functions' parameter.",
+    )
 
 
 def _lark(text: str) -> str:
@@ -301,15 +314,16 @@ def _text_rule() -> str:
 def call_grammar(tools: Sequence[Tool], text: bool, several: bool, answer: str | None) -> str:
     """The Lark grammar of calls of these tools, or of text if that is possible too."""
     lines = ["%llguidance {}"]
+    more = f"{{0,{MAX_CALLS - 1}}}"
     inline = [f"f{at}" for at, tool in enumerate(tools) if tool.kind == "function"]
     raw = [f"f{at}" for at, tool in enumerate(tools) if tool.kind == "custom"]
     ways = []
     if inline:
         lines.append("inline: " + " | ".join(inline))
-        ways.append('inline ("\\n" inline){0,%d}' % (MAX_CALLS - 1) if several else "inline")
+        ways.append(f'inline ("\\n" inline){more}' if several else "inline")
     if raw:  # raw input has no end of its own, so it is the last call
         lines.append("raw: " + " | ".join(raw))
-        ways.append('(inline "\\n"){0,%d} raw' % (MAX_CALLS - 1) if several and inline else "raw")
+        ways.append(f'(inline "\\n"){more} raw' if several and inline else "raw")
     for at, tool in enumerate(tools):
         tail = "" if tool.kind == "custom" else " " + _lark("}" + CLOSE)
         lines += [f"f{at}: {_lark(OPEN + tool.head)} a{at}{tail}", f"a{at}: {tool.rule}"]
@@ -383,7 +397,9 @@ def flatten(messages: Sequence[dict[str, Any]], plan: Plan | None = None) -> lis
         text = content_text(message.get("content"), f"messages[{at}].content")
         if role in ("tool", "function"):
             name = message.get("name") if role == "function" else called.get(message.get("tool_call_id") or "")
-            report = "<tool_response" + (f" name={_encode(name).decode()}" if name else "") + f">\n{text}\n</tool_response>"
+            report = (
+                "<tool_response" + (f" name={_encode(name).decode()}" if name else "") + f">\n{text}\n</tool_response>"
+            )
             if flat and flat[-1]["role"] == "user" and flat[-1]["content"].endswith("</tool_response>"):
                 flat[-1]["content"] += "\n" + report
             else:
@@ -408,7 +424,7 @@ def _assistant_text(message: dict[str, Any], text: str, called: dict[str, str]) 
     for call in message.get("tool_calls") or ():
         if call.get("type") == "custom":
             name, written = call["custom"]["name"], call["custom"].get("input", "")
-            parts.append(f"{OPEN}{{\"name\":{_encode(name).decode()}}}\n{written}")
+            parts.append(f'{OPEN}{{"name":{_encode(name).decode()}}}\n{written}')
         else:
             name = call["function"]["name"]
             parts.append(_call_text(name, call["function"].get("arguments") or "{}"))

@@ -164,7 +164,7 @@ def test_weights_that_are_not_what_they_should_be_are_refused() -> None:
             convert(spoiled, config)
 
 
-# ---- names and the shelf ----------------------------------------------------------------------------------------------
+# ---- names and the shelf --------------------------------------------------------------------------------------------
 
 
 def test_the_catalogue_says_everything() -> None:

@@ -9,6 +9,8 @@ BadRequest that names the parameter, raised before a child is loaded for it.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -17,13 +19,16 @@ from weakref import WeakKeyDictionary
 
 from ...config import LocalModel, Settings
 from ...core import Call, ModelCard
-from ...errors import BadRequest, TertuliaError
+from ...errors import BadRequest, EngineFailed, TertuliaError
 from ..children import Child
 from .chat import ChatAnswer
 from .embeddings import EmbeddingAnswer
 from .room import Room
 from .shapes import encode
 from .text import TextAnswer
+
+
+DEATH_KNOWN = 0.5  # seconds after which the end of a process is known for certain
 
 
 class Running(Protocol):
@@ -37,7 +42,9 @@ class Running(Protocol):
 class Local:
     """Answers chat, completion and embedding calls by models of this machine."""
 
-    def __init__(self, settings: Settings, children: Running, cards: Mapping[str, ModelCard] | Iterable[ModelCard]) -> None:
+    def __init__(
+        self, settings: Settings, children: Running, cards: Mapping[str, ModelCard] | Iterable[ModelCard]
+    ) -> None:
         """cards: the models there are; a mapping by id is looked at anew for every call, so models may come and go."""
         self._settings = settings
         self._children = children
@@ -81,6 +88,14 @@ class Local:
 
     async def _generate(self, call: Call, answer: ChatAnswer | TextAnswer, card: ModelCard) -> None:
         child = await self._running(card)
+        try:
+            await self._run(call, answer, card, child)
+        except EngineFailed:  # raised, not told to the reply: nothing was asked of this child yet
+            if call.reply.begun or call.reply.closed or not await _is_dead(child):
+                raise
+            await self._run(call, answer, card, await self._running(card))
+
+    async def _run(self, call: Call, answer: ChatAnswer | TextAnswer, card: ModelCard, child: Child) -> None:
         with child:
             if call.reply.closed:
                 return
@@ -118,6 +133,14 @@ class Local:
         return self._fills_in[card.id]
 
 
+async def _is_dead(child: Child) -> bool:
+    """Whether a child that cannot be reached has ended; the system may need a moment to say so."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DEATH_KNOWN):
+            await child.process.wait()
+    return not child.alive
+
+
 def refuse_kind(task: str, card: ModelCard) -> None:
     """Raises BadRequest if this kind of model does not answer this kind of call, in OpenAI's words."""
     if task == "embedding":
@@ -131,5 +154,6 @@ def refuse_kind(task: str, card: ModelCard) -> None:
         )
     elif task == "completion" and card.kind == "embedding":
         raise BadRequest(
-            "This model is not supported in the v1/completions endpoint. Did you mean to use v1/embeddings?", param="model"
+            "This model is not supported in the v1/completions endpoint. Did you mean to use v1/embeddings?",
+            param="model",
         )

@@ -77,6 +77,8 @@ class _Counted(msgspec.Struct):
 
 
 _event = msgspec.json.Decoder(_Event).decode
+
+
 class _Message(msgspec.Struct):
     content: str | None = None
 

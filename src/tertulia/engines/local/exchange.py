@@ -62,7 +62,9 @@ class Refused(Exception):
 
 
 _refusal = msgspec.json.Decoder(_Refusal)
-_TOO_LARGE = re.compile(r"input \((\d+) tokens\) is too large to process.*batch size: (\d+)")  # an encoder's, status 500
+_TOO_LARGE = re.compile(
+    r"input \((\d+) tokens\) is too large to process.*batch size: (\d+)"
+)  # an encoder's, status 500
 TooLong = Callable[[int, int], ContextLengthExceeded]  # from (tokens in the prompt, tokens the context holds)
 
 
@@ -77,7 +79,9 @@ def translate(status: int, body: bytes, param: str, too_long: TooLong) -> Tertul
     if large := _TOO_LARGE.search(said.message):
         return too_long(int(large[1]), int(large[2]))
     if said.message.startswith(MEMORY_FULL):
-        return Overloaded("The model has no memory left for so many long conversations at once. Please try again.", retry_after=1)
+        return Overloaded(
+            "The model has no memory left for so many long conversations at once. Please try again.", retry_after=1
+        )
     if status == 400:
         return BadRequest(said.message, param=param, code="invalid_value")
     if status == 503:
@@ -112,14 +116,22 @@ class Exchange:
             if self.over:
                 break
             self._busy += request.slots
-            await self._send(_Receiver(self, request))
+            try:
+                await self._send(_Receiver(self, request))
+            except EngineFailed as error:
+                if request is requests[0]:
+                    self._stop()
+                    raise  # nothing has been asked yet: the caller may try another child
+                self.fail(error)
         await self._ended
 
     async def ask(self, path: bytes, body: bytes) -> bytes:
         """One small question on the way (token counts and the like). Raises the error the child's refusal means."""
         try:
             status, answer = await self.child.pool.fetch("POST", path.decode(), self.child.headers, body)
-        except EngineFailed:  # most likely a kept-alive connection that had just been closed; a question can be repeated
+        except (
+            EngineFailed
+        ):  # most likely a kept-alive connection that had just been closed; a question can be repeated
             status, answer = await self.child.pool.fetch("POST", path.decode(), self.child.headers, body)
         if status != 200:
             raise translate(status, answer, self._prompt, self._too_long)

@@ -42,7 +42,9 @@ class Table:
         if id >= len(self):
             if id in SPECIAL:
                 return SPECIAL[id]
-            raise BadRequest(f"Invalid token id {id}: cl100k_base has no such token.", param="input", code="invalid_value")
+            raise BadRequest(
+                f"Invalid token id {id}: cl100k_base has no such token.", param="input", code="invalid_value"
+            )
         start = self._starts[id]
         return b64decode(self._lines[start : self._lines.index(b" ", start)])
 

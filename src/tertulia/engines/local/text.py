@@ -343,7 +343,9 @@ class _Choice:
             self.logprobs.offset = len(prompt) if isinstance(prompt, str) else 0
             return
         if self.answer.stream is not None:
-            self.answer.stream.text(self.index, self.echo, self.logprobs.take() if self.answer.top is not None else None)
+            self.answer.stream.text(
+                self.index, self.echo, self.logprobs.take() if self.answer.top is not None else None
+            )
         else:
             self._texts.append(self.echo)
 
