@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 
 from . import __version__
+from .doctor import add_doctor
 from .errors import SettingsError, TertuliaError
 from .repl import add_chat
 
@@ -64,10 +65,6 @@ def build_parser() -> Parser:
     models_parser.add_argument("--json", action="store_true", help="print everything that is known, as JSON")
     add_place(models_parser)
     models_parser.set_defaults(run=models)
-    try:
-        from .doctor import add_doctor
-    except ImportError:
-        return parser
     add_doctor(commands.add_parser("doctor", help="check machine, models, port and permissions"))
     return parser
 

@@ -71,7 +71,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     )
     preload: Annotated[bool, Meta(description="load the default models at start instead of on first use")] = True
     memory_budget: Annotated[Positive, Meta(description="MB that loaded local models may use together")] = 4096
-    parallel: Annotated[Positive, Meta(description="requests a local model answers at the same time")] = 8
+    parallel: Annotated[Positive, Meta(description="requests a local model answers at the same time")] = 4
     context_length: Annotated[
         Positive | None, Meta(description="tokens a local model holds per request; the model's own, at most 8192, if not given")
     ] = None

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 import uvloop
@@ -167,6 +171,21 @@ class _Uvicorn(uvicorn.Server):
         super().__init__(config)
         self._tell = started
 
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM stop the server in order, a second one at once. uvicorn's own would raise them again at
+        the end, which ends the process before the journal is flushed and the engines are stopped."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._tell is not None:
@@ -183,6 +202,8 @@ def engines(settings: Settings, shelf: Shelf) -> list[Engine]:
     for name, upstream in settings.upstreams.items():
         from .engines.upstream import Upstream
 
+        if urlsplit(upstream.base_url).scheme not in ("http", "https") or not urlsplit(upstream.base_url).hostname:
+            raise SettingsError(f"upstreams.{name}.base_url: expected an http or https URL, got {upstream.base_url!r}")
         found.append(
             Upstream(
                 name, upstream.base_url, upstream.models, reference(upstream.key, f"upstreams.{name}.key"),

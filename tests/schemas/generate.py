@@ -300,6 +300,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "string", "pattern": "(a)\\1"}, "pattern"),
     ({"type": "string", "pattern": "\\bword\\b"}, "pattern"),
     ({"type": "string", "pattern": "(unclosed"}, "regex"),
+    ({"type": "string", "pattern": "^((a{100}){100}){100}$"}, "repeats too much"),
     ({"type": "number", "multipleOf": 0.01}, "multipleOf"),
     ({"type": "number", "multipleOf": 0}, "multipleOf"),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),

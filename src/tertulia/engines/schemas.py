@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+import re._parser as parser  # type: ignore[import-untyped, unused-ignore]  # the only way to know how large a pattern is
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -27,6 +28,7 @@ MAX_DEPTH = 48  # of nesting in a schema
 MAX_NODES = 20_000  # schemas within a schema, references followed once
 MAX_ITEMS = 1000  # array bounds and enum values beyond it make the engine slow; no context holds so many
 MAX_LENGTH = 16_384  # a larger maxLength is cut to this, a larger minLength refused
+MAX_PATTERN = 5000  # characters of a pattern with its repetitions written out
 SAFE_INTEGER = 2**53  # bounds beyond it are not exact in the engine
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
@@ -626,10 +628,29 @@ def check_pattern(pattern: Any, path: Path) -> str:
     if re.search(r"\\[pPbBkuxcAzZQE]|\\[1-9]|\(\?|\[\^?\[|&&|~~|--", re.sub(r"\\\\", "", pattern).replace("(?:", "")):
         raise Unenforceable(path, f"the pattern {pattern!r:.200} is not permitted: the engine cannot enforce it.")
     try:
-        re.compile(pattern)
-    except re.error as error:
+        size = _expanded(parser.parse(pattern))
+    except (re.error, OverflowError, RecursionError) as error:
         raise Unenforceable(path, f"{pattern!r:.200} is not a 'regex': {error}.") from None
+    if size > MAX_PATTERN:  # the engine would give up in the middle of an answer, and go on without a word
+        raise Unenforceable(path, f"the pattern {pattern!r:.200} repeats too much.")
     return pattern
+
+
+def _expanded(tokens: Any) -> int:
+    """How long a pattern is with its counted repetitions written out."""
+    size = 0
+    for operation, argument in tokens:
+        name = str(operation)
+        if name in ("MAX_REPEAT", "MIN_REPEAT"):
+            low, high, inner = argument
+            size += _expanded(inner) * max(1, low if high == parser.MAXREPEAT else high)
+        elif name == "SUBPATTERN":
+            size += _expanded(argument[-1])
+        elif name == "BRANCH":
+            size += sum(_expanded(inner) for inner in argument[1])
+        else:
+            size += 1
+    return size
 
 
 def check_strict(schema: Node) -> None:

@@ -27,7 +27,6 @@ from .room import Room
 from .shapes import encode
 from .text import TextAnswer
 
-
 DEATH_KNOWN = 0.5  # seconds after which the end of a process is known for certain
 
 

@@ -227,7 +227,7 @@ class Exchange:
 class _Receiver:
     """Receives the answer to one request."""
 
-    __slots__ = ("exchange", "request", "connection", "again", "_status", "_refused")
+    __slots__ = ("_refused", "_status", "again", "connection", "exchange", "request")
 
     def __init__(self, exchange: Exchange, request: Request) -> None:
         self.exchange, self.request = exchange, request

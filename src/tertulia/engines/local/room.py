@@ -1,4 +1,4 @@
-"""Who may use a child's memory: the calls of one child share one pool of tokens, and all of them fail when it overflows.
+"""Who may use a child's memory: the calls of one child share one pool of tokens, and all fail when it overflows.
 
 So a call enters with what it will probably need and waits, first come first served, while that is not free. It is an
 estimate (an answer without a limit may become longer): what still overflows is a typed error that is worth another try.
@@ -34,7 +34,7 @@ class Room:
         if self._waiting or tokens > self._free:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append((tokens, turn))
-            reply.on_close(lambda outcome: turn.cancel())
+            reply.on_close(lambda outcome: None if turn.cancel() else None)
             try:
                 await turn
             except asyncio.CancelledError:

@@ -33,7 +33,7 @@ class Stamp(msgspec.Struct, frozen=True):
 
 
 class TokenLogprob(msgspec.Struct):
-    """One token with its natural log probability before temperature; llama.cpp's has an id besides, which is dropped."""
+    """One token with its natural log probability before temperature; llama.cpp's id of it is dropped."""
 
     token: str
     logprob: float
@@ -271,9 +271,10 @@ class TextStream:
         self._with_usage = bool(options and options.include_usage)
         self._noise = None if options and options.include_obfuscation is False else secrets.token_urlsafe(192).encode()
         self._at = 0
-        self._head = b'data: {"id":"%s","object":"text_completion","created":%d,"model":%s,"system_fingerprint":"%s"' % (
-            stamp.id.encode(), stamp.created, encode(stamp.model), stamp.fingerprint.encode(),
-        )  # fmt: skip
+        self._head = (
+            b'data: {"id":"%s","object":"text_completion","created":%d,"model":%s,"system_fingerprint":"%s"'
+            % (stamp.id.encode(), stamp.created, encode(stamp.model), stamp.fingerprint.encode())
+        )
         if self._with_usage:
             self._chunk_head = self._head + b',"usage":null,"choices":[{"text":'
         else:

@@ -287,7 +287,8 @@ class TextAnswer:
 
     @property
     def top(self) -> int | None:
-        return self._asked.logprobs
+        found: int | None = self._asked.logprobs
+        return found
 
 
 def scoring(ids: list[int], top: int) -> dict[str, Any]:
