@@ -109,8 +109,14 @@ def main() -> int:
 
     def run(case: tuple[int, tuple[str, str, Any]]) -> None:
         seed, (name, kind, schema) = case
-        text, reason = ask(client, options, kind, schema, seed)
         counts[kind] += 1
+        try:
+            text, reason = ask(client, options, kind, schema, seed)
+        except openai.BadRequestError as error:
+            if "context" not in error.message:
+                raise
+            counts[kind + " too long for the model's context"] += 1
+            return
         if reason == "length":
             counts[kind + " cut by length"] += 1
             return

@@ -22,9 +22,9 @@ NOTE = "<!-- Made by docs/build.py; do not edit. -->\n"
 SETTINGS = """\
 # Settings
 
-Every setting can be given in four ways; the later wins: its default, a TOML file (`--config FILE` or `TERTULIA_CONFIG`),
-an environment variable, a flag of `tertulia serve`. `tertulia.client(NAME=...)` takes the same names. A name that does
-not exist, or a value that cannot be, is an error that names the key and the nearest right one.
+Every setting can be given in four ways; the later wins: its default, a TOML file (`--config FILE` or
+`TERTULIA_CONFIG`), an environment variable, a flag of `tertulia serve`. `tertulia.client(NAME=...)` takes the same
+names. A name that does not exist, or a value that cannot be, is an error that names the key and the nearest right one.
 """
 PRESET = {
     "model": "a model, alias or other preset that answers",
@@ -56,7 +56,12 @@ def section(title: str, words: str, settings: list[Setting]) -> str:
     """One table such as [models.NAME]."""
     required = {field.name for field in msgspec.structs.fields(_shape(title)) if field.required}
     lines = [
-        (f"`{row.name}`", row.shape, "required" if row.name in required else spell(row.default), row.help or PRESET[row.name])
+        (
+            f"`{row.name}`",
+            row.shape,
+            "required" if row.name in required else spell(row.default),
+            row.help or PRESET[row.name],
+        )
         for row in settings
     ]
     return f"\n## [{title}]\n\n{words}\n\n" + rows(("key", "type", "default", "what"), lines)
@@ -74,10 +79,14 @@ def settings_page() -> str:
         ("TOML key", "environment", "type", "default", "what"),
         [(f"`{row.name}`", f"`{row.env}`", row.shape, spell(row.default), row.help) for row in plain],
     )
-    text += "\nThe flag of each is its name with dashes: `--memory-budget`; one of type yes/no has a `--no-` form too.\n"
+    text += (
+        "\nThe flag of each is its name with dashes: `--memory-budget`; one of type yes/no has a `--no-` form too.\n"
+    )
     text += "\n## Tables\n\nIn the TOML file only.\n\n"
     text += rows(("table", "what"), [(f"`[{row.name}]`", row.help) for row in table(Settings) if not row.plain])
-    text += section("models.NAME", "A model of your own; NAME is what callers ask for. Give `file` or `source`.", table(LocalModel))
+    text += section(
+        "models.NAME", "A model of your own; NAME is what callers ask for. Give `file` or `source`.", table(LocalModel)
+    )
     text += section("presets.NAME", "How-to: [how-to/presets.md](how-to/presets.md).", table(Preset))
     text += section("upstreams.NAME", "How-to: [how-to/upstream.md](how-to/upstream.md).", table(Upstream))
     return text
@@ -111,14 +120,19 @@ def cli_page() -> str:
              for action in one._choices_actions}  # fmt: skip
     text = NOTE + "# Command line\n\n"
     found = commands(parser)
-    text += rows(("command", "what"), [(f"[`tertulia {name}`](#tertulia-{name})", about.get(name, "")) for name in found])
+    text += rows(
+        ("command", "what"), [(f"[`tertulia {name}`](#tertulia-{name})", about.get(name, "")) for name in found]
+    )
     text += "\nExit codes: 0 done, 1 failed, 2 asked wrongly (unknown option, bad setting), 130 interrupted.\n"
     for name, command in found.items():
         text += f"\n## tertulia {name}\n\n{sentence(command.description or about.get(name) or name)}\n\n"
         text += rows(("argument", "what"), [option(one) for one in command._actions if one.dest != "help"])
         if name == "chat":
             text += "\nWithin a conversation:\n\n"
-            text += rows(("command", "what"), [(f"`/{word} {takes}`".replace(" `", "`"), what) for word, (takes, what) in COMMANDS.items()])
+            text += rows(
+                ("command", "what"),
+                [(f"`/{word} {takes}`".replace(" `", "`"), what) for word, (takes, what) in COMMANDS.items()],
+            )
     return text
 
 

@@ -35,7 +35,7 @@ class Module:
     @property
     def room(self) -> str:
         """The first part of the name below tertulia: "gateway" for tertulia.gateway.route; "" for tertulia itself."""
-        return (self.name.split(".") + [""])[1]
+        return [*self.name.split("."), ""][1]
 
     @property
     def where(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 
-from sources import MODULES, ROOT, Module
+from house.sources import MODULES, ROOT, Module
 
 LONGEST = 50  # lines of a function
 DOCUMENTED = ("tertulia.core", "tertulia.errors", "tertulia.config", "tertulia.engines.base", "tertulia.gateway")
@@ -87,7 +87,9 @@ def test_no_stray_names() -> None:
         for node in ast.walk(module.tree)
         if isinstance(node, ast.ClassDef) and vague.search(node.name)
     ]
-    found += [module.where for module in MODULES.values() if re.search(r"(helper|util|manager|common|misc)s?$", module.name)]
+    found += [
+        module.where for module in MODULES.values() if re.search(r"(helper|util|manager|common|misc)s?$", module.name)
+    ]
     assert not found, found
 
 
@@ -99,7 +101,9 @@ REGISTRIES = re.compile(
 
 
 def test_nothing_names_the_machine_it_was_written_on() -> None:
-    kept = [ROOT / name for name in ("Makefile", "pyproject.toml", "README.md", "CHANGELOG.md", ".ci/run", "bench/serve")]
+    kept = [
+        ROOT / name for name in ("Makefile", "pyproject.toml", "README.md", "CHANGELOG.md", ".ci/run", "bench/serve")
+    ]
     for folder, ending in (("src", "*.py"), ("docs", "**/*.md"), ("examples", "*.py"), ("bench", "*.py")):
         kept += (ROOT / folder).rglob(ending)
     found = [

@@ -6,12 +6,16 @@ import re
 import tomllib
 
 import pytest
-from sources import ROOT
+
+from house.sources import ROOT
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PROJECT = tomllib.loads(PYPROJECT)
 DEFAULT = PROJECT["project"]["dependencies"]
-MORE = [*PROJECT["dependency-groups"]["dev"], *(one for extra in PROJECT["project"]["optional-dependencies"].values() for one in extra)]
+MORE = [
+    *PROJECT["dependency-groups"]["dev"],
+    *(one for extra in PROJECT["project"]["optional-dependencies"].values() for one in extra),
+]
 
 
 def name(requirement: str) -> str:

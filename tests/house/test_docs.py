@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sources import MODULES, ROOT
 
+from house.sources import MODULES, ROOT
 from tertulia.cli import build_parser
 from tertulia.config import LocalModel, Settings, Upstream, load
 from tertulia.core import Preset
@@ -59,7 +59,11 @@ def paths() -> set[str]:
     found = set()
     for module in MODULES.values():
         for node in ast.walk(module.tree):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("Route", "WebSocketRoute", "Task"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+                "Route",
+                "WebSocketRoute",
+                "Task",
+            ):
                 found |= {
                     one.value
                     for one in node.args
@@ -76,7 +80,9 @@ def test_every_path_is_documented_and_every_documented_path_exists() -> None:
 def test_every_header_of_ours_is_documented_and_every_documented_one_exists() -> None:
     used = set(re.findall(r"x-tertulia-[a-z]+(?:-[a-z]+)*", SOURCE))
     assert used == set(re.findall(r"x-tertulia-[a-z]+(?:-[a-z]+)*", API)) and used
-    for header in set(re.findall(r"b?[\"'\s](x-ratelimit-[a-z-]+|openai-[a-z]+(?:-[a-z]+)*|x-request-id)(?=: )", SOURCE)):
+    for header in set(
+        re.findall(r"b?[\"'\s](x-ratelimit-[a-z-]+|openai-[a-z]+(?:-[a-z]+)*|x-request-id)(?=: )", SOURCE)
+    ):
         assert f"`{header}`" in API, header
 
 

@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from sources import MODULES, Module, imports
+
+from house.sources import MODULES, Module, imports
 
 # From top to bottom; docs/ARCHITECTURE.md shows the same list. A room may import those below it, and itself.
 ROOMS = [
@@ -27,7 +28,9 @@ BOTTOM = {"core": {"errors"}, "config": {"core", "errors"}, "errors": set()}
 
 
 def everything() -> list[tuple[Module, int, Module, tuple[str, ...]]]:
-    return [(module, line, MODULES[name], taken) for module in MODULES.values() for line, name, taken in imports(module)]
+    return [
+        (module, line, MODULES[name], taken) for module in MODULES.values() for line, name, taken in imports(module)
+    ]
 
 
 def test_every_module_has_its_room() -> None:
@@ -46,7 +49,9 @@ def test_no_import_points_upward() -> None:
 
 @pytest.mark.parametrize("room", sorted(BOTTOM))
 def test_the_bottom_stands_on_nothing(room: str) -> None:
-    assert {other.room for _, name, _ in imports(MODULES[f"tertulia.{room}"]) for other in [MODULES[name]]} <= BOTTOM[room]
+    assert {other.room for _, name, _ in imports(MODULES[f"tertulia.{room}"]) for other in [MODULES[name]]} <= BOTTOM[
+        room
+    ]
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str]:

@@ -173,7 +173,11 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         ("TERTULIA_PORT", "99999", "TERTULIA_PORT: expected int <= 65535"),
         ("TERTULIA_READ_TIMEOUT", "inf", "TERTULIA_READ_TIMEOUT: expected float <= 2678400.0"),
         ("TERTULIA_MOCK", "maybe", "TERTULIA_MOCK: expected yes or no, got 'maybe'"),
-        ("TERTULIA_LOG_LEVEL", "loud", "TERTULIA_LOG_LEVEL: expected text matching regex '^(debug|info|warning|error)$'"),
+        (
+            "TERTULIA_LOG_LEVEL",
+            "loud",
+            "TERTULIA_LOG_LEVEL: expected text matching regex '^(debug|info|warning|error)$'",
+        ),
     ],
 )
 def test_a_mistake_in_the_environment_names_the_variable(name: str, value: str, said: str) -> None:
@@ -206,10 +210,16 @@ def test_the_table_says_everything_that_docs_and_flags_need() -> None:
     rows = {row.name: row for row in table()}
     assert list(rows) == list(Settings.__struct_fields__)
     for row in rows.values():
-        assert row.help and row.help[0].islower() or row.help.startswith(("US", "TOML", "CPU", "MB")), row.name
+        assert (row.help and row.help[0].islower()) or row.help.startswith(("US", "TOML", "CPU", "MB")), row.name
         assert row.shape in ("text", "number", "yes/no", "table") and row.plain == (row.shape != "table")
     assert rows["memory_budget"].env == "TERTULIA_MEMORY_BUDGET" and rows["memory_budget"].flag == "--memory-budget"
     assert (rows["port"].shape, rows["mock"].shape, rows["spend_limit"].shape) == ("number", "yes/no", "number")
-    assert {row.name for row in rows.values() if not row.plain} == {"aliases", "models", "presets", "upstreams", "prices"}
+    assert {row.name for row in rows.values() if not row.plain} == {
+        "aliases",
+        "models",
+        "presets",
+        "upstreams",
+        "prices",
+    }
     assert {row.name for row in table(LocalModel)} == set(LocalModel.__struct_fields__)
     assert all(row.help for row in [*table(LocalModel), *table(Upstream)])

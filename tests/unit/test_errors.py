@@ -65,7 +65,12 @@ def test_the_module_docstring_draws_the_tree(name: str) -> None:
 
 def test_what_is_given_wins_over_the_class() -> None:
     error = BadRequest("No.", param="n", code="invalid_value", type="other")
-    assert json.loads(error.body())["error"] == {"message": "No.", "type": "other", "param": "n", "code": "invalid_value"}
+    assert json.loads(error.body())["error"] == {
+        "message": "No.",
+        "type": "other",
+        "param": "n",
+        "code": "invalid_value",
+    }
     assert BadRequest.code is None and BadRequest.type == "invalid_request_error"
 
 
@@ -86,7 +91,10 @@ def test_the_unknown_model_is_named() -> None:
         (BadRequest(), [("x-should-retry", "false")]),
         (QuotaExceeded(), [("x-should-retry", "false")]),
         (RateLimited(retry_after=0.2), [("x-should-retry", "true"), ("retry-after", "1"), ("retry-after-ms", "200")]),
-        (RateLimited(retry_after=11.05), [("x-should-retry", "true"), ("retry-after", "12"), ("retry-after-ms", "11050")]),
+        (
+            RateLimited(retry_after=11.05),
+            [("x-should-retry", "true"), ("retry-after", "12"), ("retry-after-ms", "11050")],
+        ),
         (RateLimited(retry_after=0), [("x-should-retry", "true"), ("retry-after", "1"), ("retry-after-ms", "1")]),
         (TertuliaError(headers=(("allow", "POST"),)), [("allow", "POST")]),
     ],

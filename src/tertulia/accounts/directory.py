@@ -100,7 +100,9 @@ class Directory:
                 return None
             connection.execute(insert(organizations).values(id=organization, name="Personal", created_at=now))
             connection.execute(
-                insert(projects).values(id=project, organization_id=organization, name="Default project", created_at=now)
+                insert(projects).values(
+                    id=project, organization_id=organization, name="Default project", created_at=now
+                )
             )
             connection.execute(insert(api_keys), rows)
         self._let_in(rows)
@@ -119,7 +121,9 @@ class Directory:
 def check_headers(who: Principal, organization: bytes | None, project: bytes | None) -> None:
     """OpenAI-Organization and OpenAI-Project, if sent, must be those of the key. Raises Unauthorized."""
     if organization and organization.decode("latin-1") != who.organization:
-        raise Unauthorized("OpenAI-Organization header should match organization for API key", code="mismatched_organization")
+        raise Unauthorized(
+            "OpenAI-Organization header should match organization for API key", code="mismatched_organization"
+        )
     if project and who.kind == "project" and project.decode("latin-1") != who.project:
         raise Unauthorized("OpenAI-Project header should match project for API key", code="mismatched_project")
 
@@ -128,7 +132,8 @@ def check_kind(who: Principal, kind: str) -> None:
     """Admin keys administer, project keys ask models. Raises Forbidden."""
     if who.kind != kind:
         raise Forbidden(
-            f"You have insufficient permissions for this operation. This endpoint needs {'an admin' if kind == 'admin' else 'a project'} key."
+            "You have insufficient permissions for this operation. "
+            f"This endpoint needs {'an admin' if kind == 'admin' else 'a project'} key."
         )
 
 

@@ -10,7 +10,7 @@ from ..errors import QuotaExceeded, RateLimited
 class Bucket:
     """limit units a minute, refilled evenly, never more than limit at once. take may be undone by give."""
 
-    __slots__ = ("limit", "level", "at")
+    __slots__ = ("at", "level", "limit")
 
     def __init__(self, limit: int, now: float) -> None:
         self.limit, self.level, self.at = limit, float(limit), now
@@ -34,7 +34,7 @@ class Bucket:
 class Allowance:
     """The limits of one project."""
 
-    __slots__ = ("organization", "requests", "tokens", "spent", "reserved", "spend_limit")
+    __slots__ = ("organization", "requests", "reserved", "spend_limit", "spent", "tokens")
 
     def __init__(
         self, organization: str, requests: int, tokens: int, spend_limit: int | None, spent: int, now: float

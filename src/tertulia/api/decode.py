@@ -102,12 +102,15 @@ def _wrong_length(kind: str, sign: str, limit: int, value: Any, param: str | Non
             text, code = "empty string. Expected a non-empty string", "empty_string"
         else:
             text, code = f"string too long. Expected a string with maximum length {limit}", "string_above_max_length"
-        return BadRequest(f"Invalid '{param}': {text}, but got a string with length {size} instead.", param=param, code=code)
+        return BadRequest(
+            f"Invalid '{param}': {text}, but got a string with length {size} instead.", param=param, code=code
+        )
     if kind == "array":
         bound = f"{'minimum' if below else 'maximum'} length {limit}"
+        what = "empty array" if size == 0 else "array too short" if below else "array too long"
+        got = "empty array" if size == 0 else f"array with length {size}"
         return BadRequest(
-            f"Invalid '{param}': {'empty array' if size == 0 else 'array too long' if not below else 'array too short'}. "
-            f"Expected an array with {bound}, but got an {'empty array' if size == 0 else f'array with length {size}'} instead.",
+            f"Invalid '{param}': {what}. Expected an array with {bound}, but got an {got} instead.",
             param=param,
             code="empty_array" if size == 0 else "array_below_min_length" if below else "array_above_max_length",
         )
@@ -123,7 +126,9 @@ def _wrong_type(expected: str, got: str, param: str | None) -> BadRequest:
     wanted = [_NOUNS.get(kind, kind) for kind in expected.split(" | ") if kind != "null"]
     text = wanted[0] if len(wanted) == 1 else "one of " + " or ".join(wanted)
     if param is None:
-        return BadRequest(f"Invalid body: expected {text}, but got {_NOUNS.get(got, got)} instead.", code="invalid_type")
+        return BadRequest(
+            f"Invalid body: expected {text}, but got {_NOUNS.get(got, got)} instead.", code="invalid_type"
+        )
     return BadRequest(
         f"Invalid type for '{param}': expected {text}, but got {_NOUNS.get(got, got)} instead.",
         param=param,
@@ -183,8 +188,8 @@ def _wrong_key(what: str, body: bytes, path: Path) -> BadRequest:
         return BadRequest(f"Invalid key in '{param}': {what}.", param=param, code="invalid_value")
     longest = max(map(len, _value(body, path) or [""]))
     return BadRequest(
-        f"Invalid key in '{param}': string too long. Expected a string with maximum length {length[3]}, but got a string "
-        f"with length {longest} instead.",
+        f"Invalid key in '{param}': string too long. Expected a string with maximum length {length[3]}, "
+        f"but got a string with length {longest} instead.",
         param=param,
         code="string_above_max_length",
     )

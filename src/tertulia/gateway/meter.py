@@ -130,12 +130,12 @@ class Meter:
             lines.append(f'tertulia_tokens_total{{model="{_label(model)}",kind="{kind}"}} {count}')
         lines.append("# TYPE tertulia_call_seconds histogram")
         for task, counts in self.durations.items():
-            below = 0.0
-            for bound, count in zip((*BUCKETS, "+Inf"), counts, strict=False):
-                below += count
-                lines.append(f'tertulia_call_seconds_bucket{{task="{task}",le="{bound}"}} {below:g}')
+            below = 0
+            for bound, inside in zip((*BUCKETS, "+Inf"), counts, strict=False):
+                below += int(inside)
+                lines.append(f'tertulia_call_seconds_bucket{{task="{task}",le="{bound}"}} {below}')
             lines.append(f'tertulia_call_seconds_sum{{task="{task}"}} {counts[-1]:.6f}')
-            lines.append(f'tertulia_call_seconds_count{{task="{task}"}} {below:g}')
+            lines.append(f'tertulia_call_seconds_count{{task="{task}"}} {below}')
         return ("\n".join(lines) + "\n").encode()
 
 

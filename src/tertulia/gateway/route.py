@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from ..core import Call, Next
+from ..core import Call, Next, Stage
 from ..errors import DeadlineExceeded
 
 
-def route(timeout: float) -> object:
+def route(timeout: float) -> Stage:
     """The stage; timeout in seconds is what a call may take from its start to its last byte."""
 
     async def route(call: Call, following: Next) -> None:

@@ -77,7 +77,9 @@ def test_the_pepper_is_the_owners_alone_and_makes_the_hash(directory: Directory,
         Directory(open_database(tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("key", [b"sk-invalid-key-for-test-only", b"", b"\xff" * 20, KEY.encode() + b"x", KEY.encode()[:-1]])
+@pytest.mark.parametrize(
+    "key", [b"sk-invalid-key-for-test-only", b"", b"\xff" * 20, KEY.encode() + b"x", KEY.encode()[:-1]]
+)
 def test_an_unknown_key(directory: Directory, key: bytes) -> None:
     directory.first_start(KEY, ADMIN)
     with pytest.raises(Unauthorized) as error:
@@ -107,7 +109,9 @@ def test_masks(key: str, masked: str) -> None:
 def test_a_new_key_is_let_in_at_once(directory: Directory) -> None:
     directory.first_start(KEY, ADMIN)
     organization, project = directory.home()
-    ids = directory.add_keys(["sk-test-one-0123456789", "sk-test-two-0123456789"], "project", organization, project, "n")
+    ids = directory.add_keys(
+        ["sk-test-one-0123456789", "sk-test-two-0123456789"], "project", organization, project, "n"
+    )
     assert directory.authenticate(b"sk-test-two-0123456789").key_id == ids[1] != ids[0]
 
 

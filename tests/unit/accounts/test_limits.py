@@ -60,7 +60,9 @@ def test_after_the_reset_it_is_full(limit: int, steps: list[tuple[float, int]]) 
 
 
 @quick
-@given(some.lists(some.tuples(some.integers(0, 300), some.integers(0, 100), some.integers(0, 300), some.integers(0, 100))))
+@given(
+    some.lists(some.tuples(some.integers(0, 300), some.integers(0, 100), some.integers(0, 300), some.integers(0, 100)))
+)
 def test_settling_gives_back_what_was_not_used(calls: list[tuple[int, int, int, int]]) -> None:
     it = allowance(10**6, 10**6, 10**6)
     used = paid = 0
@@ -99,8 +101,8 @@ def test_too_many_requests() -> None:
     with pytest.raises(RateLimited) as error:
         it.admit(0, 0, "gpt-4o", 0.25)
     assert error.value.message == (
-        "Rate limit reached for gpt-4o in organization org-1 on requests per min (RPM): Limit 60, Used 60, Requested 1. "
-        "Please try again in 750ms. Visit https://platform.openai.com/account/rate-limits to learn more."
+        "Rate limit reached for gpt-4o in organization org-1 on requests per min (RPM): Limit 60, Used 60, "
+        "Requested 1. Please try again in 750ms. Visit https://platform.openai.com/account/rate-limits to learn more."
     )
     assert (error.value.type, error.value.code, error.value.retry_after, error.value.retry) == (
         "requests", "rate_limit_exceeded", 0.75, True,
@@ -125,7 +127,9 @@ def test_what_can_never_fit_is_not_worth_another_try() -> None:
     it = allowance(tokens=100)
     with pytest.raises(RateLimited) as error:
         it.admit(101, 0, "m", 0.0)
-    assert error.value.message.startswith("Request too large for m in organization org-1 on tokens per min (TPM): Limit 100, ")
+    assert error.value.message.startswith(
+        "Request too large for m in organization org-1 on tokens per min (TPM): Limit 100, "
+    )
     assert (error.value.retry, error.value.retry_after) == (False, None)
     assert (it.requests.level, it.tokens.level, it.reserved) == (10, 100, 0)
 
@@ -135,7 +139,9 @@ def test_money_reserved_counts_as_spent_until_it_is_given_back() -> None:
     it.admit(0, 40, "m", 0.0)
     with pytest.raises(QuotaExceeded) as error:
         it.admit(0, 11, "m", 0.0)
-    assert error.value.message.startswith("You exceeded your current quota, please check your plan and billing details.")
+    assert error.value.message.startswith(
+        "You exceeded your current quota, please check your plan and billing details."
+    )
     assert (error.value.retry, error.value.retry_after, it.reserved) == (False, None, 40)
     it.settle(0, 0, 40, 10)
     it.admit(0, 40, "m", 0.0)

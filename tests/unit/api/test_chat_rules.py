@@ -1,5 +1,6 @@
 """Every rule of POST /v1/chat/completions: what it refuses, with message, param and code; what it lets pass."""
 
+# ruff: noqa: E501  (tables of messages as they are sent)
 from __future__ import annotations
 
 from typing import Any
@@ -8,8 +9,7 @@ import pytest
 
 from tertulia.api import chat
 from tertulia.core import Call
-
-from rules import checked, refusal
+from unit.api.rules import checked, refusal
 
 TASK = chat.task(lambda call, model: None)
 HELLO = {"role": "user", "content": "Hello"}
@@ -154,11 +154,18 @@ def value(given: str, supported: str, param: str) -> tuple[str, str, str]:
 
 
 def stranger(param: str, given: str = "time") -> tuple[str, str, str]:
-    return f"Invalid value for '{param}.name': '{given}' is not one of the tools given.", f"{param}.name", "invalid_value"
+    return (
+        f"Invalid value for '{param}.name': '{given}' is not one of the tools given.",
+        f"{param}.name",
+        "invalid_value",
+    )
 
 
 def allowed(mode: str = "auto", *tools: Any) -> dict[str, Any]:
-    return {"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}}
+    return {
+        "tools": [WEATHER],
+        "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}},
+    }
 
 
 FUNCTION = {"name": "weather", "parameters": {}}

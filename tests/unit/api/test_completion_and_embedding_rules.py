@@ -1,5 +1,6 @@
 """Every rule of POST /v1/completions and /v1/embeddings."""
 
+# ruff: noqa: E501  (tables of messages as they are sent)
 from __future__ import annotations
 
 from typing import Any
@@ -7,14 +8,11 @@ from typing import Any
 import pytest
 
 from tertulia.api import completions, embeddings
-
-from rules import checked, refusal
+from unit.api.rules import checked, refusal
 
 COMPLETION = completions.task(lambda call, model: None)
 EMBEDDING = embeddings.task(lambda call, model: None)
-MIXTURE = (
-    "expected a string, an array of strings, an array of token ids, or an array of arrays of token ids, but got a mixture."
-)
+MIXTURE = "expected a string, an array of strings, an array of token ids, or an array of arrays of token ids, but got a mixture."
 
 
 def too_many(field: str, limit: int, got: int) -> tuple[str, str, str]:

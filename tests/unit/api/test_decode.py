@@ -1,5 +1,6 @@
 """What is wrong with a body, said in OpenAI's words: every kind of rule, and bodies that are no JSON."""
 
+# ruff: noqa: E501  (tables of messages as they are sent)
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
@@ -173,7 +174,11 @@ def test_null_is_the_default_and_unknown_fields_travel_on() -> None:
 
 
 ANYTHING = some.recursive(
-    some.none() | some.booleans() | some.integers() | some.floats(allow_nan=False, allow_infinity=False) | some.text(max_size=6),
+    some.none()
+    | some.booleans()
+    | some.integers()
+    | some.floats(allow_nan=False, allow_infinity=False)
+    | some.text(max_size=6),
     lambda inner: some.lists(inner, max_size=4) | some.dictionaries(some.text(max_size=5), inner, max_size=4),
     max_leaves=8,
 )

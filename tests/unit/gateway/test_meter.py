@@ -106,7 +106,16 @@ def test_buckets_are_cumulative_and_their_bounds_belong_to_them(tmp_path: Path) 
         assert f'tertulia_call_seconds_bucket{{task="chat",le="{bound}"}} {count}\n' in text
 
 
-def test_the_access_log_is_the_owners_and_a_full_disk_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_large_counts_are_whole_numbers(tmp_path: Path) -> None:
+    it = meter(tmp_path)
+    it._observe("chat", 0.001)
+    it.durations["chat"][0] = 1_234_567.0
+    assert b'tertulia_call_seconds_count{task="chat"} 1234567\n' in it.exposition()
+
+
+def test_the_access_log_is_the_owners_and_a_full_disk_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     async def run() -> None:
         log = AccessLog(str(tmp_path / "a.log"))
         log.write(b"{}")

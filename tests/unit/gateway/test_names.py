@@ -61,7 +61,9 @@ def test_openais_names_lead_to_the_defaults(asked: str, model: str) -> None:
     assert (target.model, target.card.id, target.engine, target.preset) == (model, model, SHELF, None)
 
 
-@pytest.mark.parametrize("asked", ["", "SMALL", "small ", "gpt", "ollama", "of-course", "claude-3", "*", "gpt-", "x" * 512])
+@pytest.mark.parametrize(
+    "asked", ["", "SMALL", "small ", "gpt", "ollama", "of-course", "claude-3", "*", "gpt-", "x" * 512]
+)
 def test_any_other_name_is_a_404_and_not_a_guess(asked: str) -> None:
     if asked == "gpt-":
         assert names().find(asked).model == "small"  # the pattern gpt-* takes it
@@ -157,7 +159,9 @@ POET = Preset(
     parameters={"temperature": 1.5, "stop": ["\n"], "max_tokens": 7},
 )
 TURNS = [
-    {"role": "system", "content": "Rhyme."}, {"role": "user", "content": "cat"}, {"role": "assistant", "content": "hat"},
+    {"role": "system", "content": "Rhyme."},
+    {"role": "user", "content": "cat"},
+    {"role": "assistant", "content": "hat"},
 ]  # fmt: skip
 HELLO = [{"role": "user", "content": "dog"}]
 
@@ -172,7 +176,8 @@ def asked(make: Any, body: dict[str, Any], presets: Mapping[str, Preset] | None 
 def test_a_preset_speaks_first_and_fills_in_what_the_caller_leaves_out() -> None:
     call, body = asked(chat, {"model": "poet", "messages": HELLO, "temperature": 0.1, "stop": None, "stream": True})
     assert body == {
-        "model": "small", "messages": TURNS + HELLO, "temperature": 0.1, "stop": ["\n"], "max_tokens": 7, "stream": True,
+        "model": "small", "messages": TURNS + HELLO, "temperature": 0.1, "stop": ["\n"], "max_tokens": 7,
+        "stream": True,
     }  # fmt: skip
     assert call.model == "poet" and call.stream is True
     assert call.target is not None and call.target.model == "small" and call.target.preset == POET
@@ -185,7 +190,10 @@ def test_the_callers_spelling_of_a_limit_wins() -> None:
 
 
 def test_a_preset_of_a_preset() -> None:
-    presets = {"poet": POET, "sad": Preset(model="poet", system="Weep.", examples=[{"user": "sun"}], parameters={"temperature": 0})}
+    presets = {
+        "poet": POET,
+        "sad": Preset(model="poet", system="Weep.", examples=[{"user": "sun"}], parameters={"temperature": 0}),
+    }
     call, body = asked(chat, {"model": "sad", "messages": HELLO}, presets)
     assert [message["content"] for message in body["messages"]] == ["Weep.", "cat", "hat", "sun", "dog"]
     assert (body["temperature"], body["max_tokens"], body["model"]) == (0, 7, "small")

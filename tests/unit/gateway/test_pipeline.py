@@ -116,10 +116,20 @@ def test_an_answer_with_everything_around_it(tmp_path: Path) -> None:
     assert json.loads(b"".join(wire.pieces))["choices"][0]["message"]["content"] == "one two three"
     assert call.reply.usage == Usage(3, 3)
     assert wire.headers["x-tertulia-model"] == "mock"
-    assert wire.headers["x-ratelimit-limit-requests"] == "100" and wire.headers["x-ratelimit-remaining-requests"] == "99"
-    assert wire.headers["x-ratelimit-limit-tokens"] == "1000000" and wire.headers["x-ratelimit-reset-requests"] == "600ms"
+    assert (
+        wire.headers["x-ratelimit-limit-requests"] == "100" and wire.headers["x-ratelimit-remaining-requests"] == "99"
+    )
+    assert (
+        wire.headers["x-ratelimit-limit-tokens"] == "1000000" and wire.headers["x-ratelimit-reset-requests"] == "600ms"
+    )
     (entry,) = house.ledger.entries()
-    assert (entry.id, entry.key, entry.project, entry.asked, entry.model) == ("req_1", "key_1", "proj_1", "mock", "mock")
+    assert (entry.id, entry.key, entry.project, entry.asked, entry.model) == (
+        "req_1",
+        "key_1",
+        "proj_1",
+        "mock",
+        "mock",
+    )
     assert (entry.prompt_tokens, entry.completion_tokens, entry.cost, entry.status) == (3, 3, 6_000_000, 200)
     house.log.flush()
     (line,) = (tmp_path / "access.log").read_text().splitlines()
@@ -143,7 +153,11 @@ def test_what_was_not_used_is_given_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("limits", "kind", "remaining"),
-    [({"requests": 1}, RateLimited, "0"), ({"tokens": 1100}, RateLimited, "0"), ({"spend": NANO // 100}, QuotaExceeded, "100")],
+    [
+        ({"requests": 1}, RateLimited, "0"),
+        ({"tokens": 1100}, RateLimited, "0"),
+        ({"spend": NANO // 100}, QuotaExceeded, "100"),
+    ],
 )  # fmt: skip
 def test_a_refusal_by_a_limit_is_recorded_and_says_where_one_stands(
     tmp_path: Path, limits: dict[str, Any], kind: type, remaining: str
@@ -219,7 +233,9 @@ class Breaks(Mock):
         raise self.error
 
 
-def test_a_defect_is_a_typed_500_and_is_logged_without_the_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_defect_is_a_typed_500_and_is_logged_without_the_prompt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def run() -> tuple[Call, Wire]:
         house = House(tmp_path, Breaks(ZeroDivisionError("secret")))
         call, wire = await house.ask(ask("my prompt"))
@@ -247,10 +263,10 @@ def test_an_engine_that_breaks_within_a_stream(tmp_path: Path, error: Exception,
 def test_the_deadline(tmp_path: Path) -> None:
     async def run() -> None:
         house = House(tmp_path, timeout=0.05)
-        call, wire = await house.ask(ask(mock={"first_delay": 5}))
+        _, wire = await house.ask(ask(mock={"first_delay": 5}))
         assert (wire.status, wire.outcome) == (504, "deadline")
         assert house.meter.outcomes == {("chat", "mock", "deadline", 504): 1}
-        call, wire = await house.ask(ask(stream=True, mock={"delay": 5}))
+        _, wire = await house.ask(ask(stream=True, mock={"delay": 5}))
         assert (wire.status, wire.outcome) == (200, "deadline")
         assert json.loads(wire.pieces[-1][6:])["error"]["code"] == "deadline_exceeded"
 

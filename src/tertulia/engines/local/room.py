@@ -34,7 +34,11 @@ class Room:
         if self._waiting or tokens > self._free:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append((tokens, turn))
-            reply.on_close(lambda outcome: None if turn.cancel() else None)
+
+            def give_up(outcome: str) -> None:
+                turn.cancel()
+
+            reply.on_close(give_up)
             try:
                 await turn
             except asyncio.CancelledError:
