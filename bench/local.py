@@ -43,7 +43,7 @@ def request(kind: str, number: int, direct: bool) -> tuple[str, dict[str, object
     return "/v1/chat/completions", body
 
 
-async def one(pool, headers: bytes, kind: str, number: int, direct: bool) -> tuple[int, float]:  # noqa: ANN001
+async def one(pool, headers: bytes, kind: str, number: int, direct: bool) -> tuple[int, float]:
     """(tokens, seconds to the first of them) of one request."""
     path, body = request(kind, number, direct)
     watch = Watch(asyncio.get_running_loop().create_future())
@@ -67,7 +67,7 @@ class Watch:
             print("status", status, file=sys.stderr)
 
     def piece(self, data: bytes) -> None:
-        if not self.first and (b'"content":"' in data and b'"content":""' not in data or b"embedding" in data):
+        if not self.first and ((b'"content":"' in data and b'"content":""' not in data) or b"embedding" in data):
             self.first = time.perf_counter()
         self.pieces.append(data)
 
@@ -179,7 +179,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=12, help="length of one load")
     parser.add_argument("--rounds", type=int, default=3, help="loads of each kind, of which the median counts")
-    parser.add_argument("--data", default="~/.local/share/tertulia", help="directory whose models/ has the default models")
+    parser.add_argument(
+        "--data", default="~/.local/share/tertulia", help="directory whose models/ has the default models"
+    )
     parser.add_argument("--out", help="file for the figures as JSON")
     parser.add_argument("--load", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def models() -> Path:
+def model_files() -> Path:
     """A directory with the default models; fetched on first use and kept in .cache between runs."""
     shelf = Path(os.environ.get("TERTULIA_TEST_MODELS") or ROOT / ".cache" / "models")
     subprocess.run(
@@ -110,7 +110,19 @@ def serve(data: Path, config: str = "", *arguments: str, environment: dict[str, 
     data.mkdir(parents=True, exist_ok=True)
     api_key, admin_key = f"sk-test-{secrets.token_hex(16)}", f"sk-admin-{secrets.token_hex(16)}"
     # One thread an engine: a machine that runs other things beside the tests would make two wait for each other.
-    command = [sys.executable, "-m", "tertulia", "serve", "--data", str(data), "--port", "0", "--threads", "1", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "tertulia",
+        "serve",
+        "--data",
+        str(data),
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        *arguments,
+    ]
     if config:
         (data / "tertulia.toml").write_text(config)
         command += ["--config", str(data / "tertulia.toml")]
@@ -134,18 +146,18 @@ def serve(data: Path, config: str = "", *arguments: str, environment: dict[str, 
     return served
 
 
-def with_models(data: Path, models: Path) -> Path:
+def with_models(data: Path, model_files: Path) -> Path:
     """A data directory that has the fetched models, linked and not copied."""
     data.mkdir(parents=True, exist_ok=True)
     if not (data / "models").exists():
-        (data / "models").symlink_to(models)
+        (data / "models").symlink_to(model_files)
     return data
 
 
 @pytest.fixture(scope="session")
-def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def server(model_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A real server with the real default models, for the whole session."""
-    served = serve(with_models(tmp_path_factory.mktemp("server"), models))
+    served = serve(with_models(tmp_path_factory.mktemp("server"), model_files))
     yield served
     served.stop()
 

@@ -1,8 +1,8 @@
 """Tertulia: the ChatGPT API that you own.
 
-    import tertulia
-    client = tertulia.client()          # an official openai.OpenAI, answered by a server in this process
-    client.chat.completions.create(model="gpt-4o-mini", messages=[{"role": "user", "content": "Hello"}])
+import tertulia
+client = tertulia.client()          # an official openai.OpenAI, answered by a server in this process
+client.chat.completions.create(model="gpt-4o-mini", messages=[{"role": "user", "content": "Hello"}])
 """
 
 from __future__ import annotations

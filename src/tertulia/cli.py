@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
@@ -54,14 +54,18 @@ def build_parser() -> Parser:
     pull_parser = commands.add_parser(
         "pull", help="fetch models", description="Fetches models: NAME from the catalogue, or hf:ORG/REPO/FILE.gguf."
     )
-    pull_parser.add_argument("names", nargs="*", metavar="NAME", help="what to fetch; the default models if none is given")
+    pull_parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="what to fetch; the default models if none is given"
+    )
     add_place(pull_parser)
     pull_parser.set_defaults(run=pull)
     models_parser = commands.add_parser(
         "models", help="list, verify and remove models", description="Lists the models that are known and installed."
     )
     models_parser.add_argument("--remove", action="append", default=[], metavar="NAME", help="delete a model's file")
-    models_parser.add_argument("--verify", action="append", default=[], metavar="NAME", help="hash a model's file again")
+    models_parser.add_argument(
+        "--verify", action="append", default=[], metavar="NAME", help="hash a model's file again"
+    )
     models_parser.add_argument("--json", action="store_true", help="print everything that is known, as JSON")
     add_place(models_parser)
     models_parser.set_defaults(run=models)
@@ -80,7 +84,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         if row.shape == "yes/no":
             parser.add_argument(row.flag, action=argparse.BooleanOptionalAction, **kind)
         else:
-            convert = {"number": _number, "text": str}[row.shape]
+            convert: Callable[[str], Any] = _number if row.shape == "number" else str
             parser.add_argument(row.flag, type=convert, metavar=row.name.split("_")[-1].upper(), **kind)
 
 
@@ -167,7 +171,9 @@ def models(options: argparse.Namespace) -> int:
     for id, card in cards.items():
         size = f"{(card.bytes or 0) / 1e6:.0f} MB"
         state = "installed" if id in installed else "not installed"
-        print(f"{id:32} {card.kind:10} {size:>8}  {card.context_length or '?':>7} tokens  {card.licence or '?':12} {state}")
+        print(
+            f"{id:32} {card.kind:10} {size:>8}  {card.context_length or '?':>7} tokens  {card.licence or '?':12} {state}"
+        )
     for id in shelf.damaged():
         print(f"{id}: damaged; `tertulia pull {id}` fetches it again", file=sys.stderr)
     return 0

@@ -31,8 +31,12 @@ class LocalModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     file: Annotated[str | None, Meta(description="a GGUF file on disk")] = None
     source: Annotated[str | None, Meta(description="a catalogue name, or hf:ORG/REPO/FILE.gguf")] = None
-    kind: Annotated[str | None, Meta(description="chat, completion or embedding; read from the file if not given")] = None
-    context_length: Annotated[Positive | None, Meta(description="tokens per request; the model's own if not given")] = None
+    kind: Annotated[str | None, Meta(description="chat, completion or embedding; read from the file if not given")] = (
+        None
+    )
+    context_length: Annotated[Positive | None, Meta(description="tokens per request; the model's own if not given")] = (
+        None
+    )
     parallel: Annotated[Positive | None, Meta(description="requests answered at the same time")] = None
     lora: Annotated[list[str], Meta(description="GGUF LoRA adapters to load")] = []
     sampling: Annotated[dict[str, float], Meta(description="sampling defaults where a caller gives none")] = {}
@@ -53,7 +57,9 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Every setting of the server."""
 
-    host: Annotated[str, Meta(description="address to listen on; anything but loopback exposes the server")] = "127.0.0.1"
+    host: Annotated[str, Meta(description="address to listen on; anything but loopback exposes the server")] = (
+        "127.0.0.1"
+    )
     port: Annotated[Port, Meta(description="port to listen on; 0 lets the system choose")] = 8000
     data: Annotated[str, Meta(description="directory of everything that is kept")] = "~/.local/share/tertulia"
     config: Annotated[str | None, Meta(description="TOML file with settings")] = None
@@ -66,14 +72,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     embedding_model: Annotated[str, Meta(description="local model that answers embeddings by default")] = (
         "all-minilm-l6-v2"
     )
-    strict_models: Annotated[bool, Meta(description="answer 404 for a model name that is not installed; no aliases")] = (
-        False
-    )
+    strict_models: Annotated[
+        bool, Meta(description="answer 404 for a model name that is not installed; no aliases")
+    ] = False
     preload: Annotated[bool, Meta(description="load the default models at start instead of on first use")] = True
     memory_budget: Annotated[Positive, Meta(description="MB that loaded local models may use together")] = 4096
     parallel: Annotated[Positive, Meta(description="requests a local model answers at the same time")] = 4
     context_length: Annotated[
-        Positive | None, Meta(description="tokens a local model holds per request; the model's own, at most 8192, if not given")
+        Positive | None,
+        Meta(description="tokens a local model holds per request; the model's own, at most 8192, if not given"),
     ] = None
     threads: Annotated[NotNegative, Meta(description="CPU threads of a local engine; 0: one per core")] = 0
     load_timeout: Annotated[Seconds, Meta(description="seconds a local model may take to load")] = 120.0
@@ -87,15 +94,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     spend_limit: Annotated[
         Dollars | None, Meta(description="US dollars a project may spend a calendar month; no limit if not given")
     ] = None
-    access_log: Annotated[str, Meta(description="file for the JSON access log; - for standard error, empty for none")] = ""
+    access_log: Annotated[
+        str, Meta(description="file for the JSON access log; - for standard error, empty for none")
+    ] = ""
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$", description="what is logged")] = "warning"
     trace_engine: Annotated[bool, Meta(description="keep the log of local engines in the data directory")] = False
     mock: Annotated[bool, Meta(description="offer the deterministic model `mock`")] = True
     aliases: Annotated[dict[str, str], Meta(description="model name or pattern = model that answers")] = {}
     models: Annotated[dict[str, LocalModel], Meta(description="more local models")] = {}
-    presets: Annotated[dict[str, Preset], Meta(description="names with a model, a system message and parameters behind")] = {}
+    presets: Annotated[
+        dict[str, Preset], Meta(description="names with a model, a system message and parameters behind")
+    ] = {}
     upstreams: Annotated[dict[str, Upstream], Meta(description="servers that answer for us")] = {}
-    prices: Annotated[dict[str, dict[str, float]], Meta(description="US dollars per million tokens: input, output")] = {}
+    prices: Annotated[
+        dict[str, dict[str, float]], Meta(description="US dollars per million tokens: input, output")
+    ] = {}
 
     @property
     def data_dir(self) -> Path:
@@ -200,7 +213,9 @@ def _entry(name: str, entries: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _plain(what: str) -> str:
-    return what[0].lower() + what[1:].replace("`", "").replace(" | null", "").replace("str", "text", 1) if what else what
+    return (
+        what[0].lower() + what[1:].replace("`", "").replace(" | null", "").replace("str", "text", 1) if what else what
+    )
 
 
 def _from_text(row: Setting, text: str) -> Any:

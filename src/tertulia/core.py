@@ -13,13 +13,13 @@ import msgspec
 from .errors import DeadlineExceeded, EngineFailed, Overloaded, TertuliaError
 
 if TYPE_CHECKING:  # for the type checker only: core imports no room at run time
-    from .engines.base import Engine
+    pass
 
 
 class Principal:
     """Who asks: one API key with the project and organization it belongs to. One object per key, kept in memory."""
 
-    __slots__ = ("key_id", "organization", "project", "kind", "scopes", "state")
+    __slots__ = ("key_id", "kind", "organization", "project", "scopes", "state")
 
     def __init__(self, key_id: str, organization: str, project: str, kind: str = "project") -> None:
         self.key_id = key_id
@@ -127,8 +127,20 @@ class Reply:
     """
 
     __slots__ = (
-        "sink", "stream", "headers", "status", "begun", "closed", "outcome", "error", "usage", "source", "recover",
-        "_steps", "_closers", "_paused",
+        "_closers",
+        "_paused",
+        "_steps",
+        "begun",
+        "closed",
+        "error",
+        "headers",
+        "outcome",
+        "recover",
+        "sink",
+        "source",
+        "status",
+        "stream",
+        "usage",
     )  # fmt: skip
 
     def __init__(self, sink: Sink, stream: bool = False) -> None:
@@ -263,8 +275,20 @@ class Call:
     """
 
     __slots__ = (
-        "id", "principal", "task", "body", "asked", "model", "stream", "target", "deadline", "reply", "refusal",
-        "began", "retry_count", "client",
+        "asked",
+        "began",
+        "body",
+        "client",
+        "deadline",
+        "id",
+        "model",
+        "principal",
+        "refusal",
+        "reply",
+        "retry_count",
+        "stream",
+        "target",
+        "task",
     )  # fmt: skip
 
     def __init__(self, id: str, principal: Principal, task: Task, body: bytes, reply: Reply, began: int) -> None:

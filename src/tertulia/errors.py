@@ -58,9 +58,7 @@ class TertuliaError(Exception):
 
     def body(self) -> bytes:
         """The JSON body, all four keys present as the SDK expects."""
-        return encode(
-            {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
-        )
+        return encode({"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}})
 
     def event(self) -> bytes:
         """The same as a server-sent event, for a stream that has begun: the SDK raises APIError on it."""

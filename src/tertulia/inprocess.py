@@ -56,10 +56,12 @@ class Background:
 
     def client(self, **options: Any) -> OpenAI:
         """An official OpenAI client for this server; options are OpenAI's own."""
-        return _openai().OpenAI(**{"base_url": self.base_url, "api_key": self.api_key, **options})
+        made: OpenAI = _openai().OpenAI(**{"base_url": self.base_url, "api_key": self.api_key, **options})
+        return made
 
     def async_client(self, **options: Any) -> AsyncOpenAI:
-        return _openai().AsyncOpenAI(**{"base_url": self.base_url, "api_key": self.api_key, **options})
+        made: AsyncOpenAI = _openai().AsyncOpenAI(**{"base_url": self.base_url, "api_key": self.api_key, **options})
+        return made
 
     def close(self) -> None:
         """Stops the server; calls under way are given a few seconds."""

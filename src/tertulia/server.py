@@ -28,7 +28,7 @@ from .accounts.prices import NANO, Prices
 from .api import app, chat, completions, embeddings, models
 from .api.http import Front
 from .config import LocalModel, Settings
-from .core import ModelCard
+from .core import ModelCard, Stage
 from .engines.base import Engine
 from .engines.catalog import CATALOG, PullFailed
 from .engines.gguf import BadModelFile
@@ -101,7 +101,7 @@ class Server:
         limit = None if settings.spend_limit is None else round(settings.spend_limit * NANO)
         admit = Admit(settings.requests_per_minute, settings.tokens_per_minute, limit, prices, self.ledger.spent())
         # The order of the stages; why it is this one: gateway/pipeline.py.
-        stages = [self.meter, check, admit, guard, cache, route(settings.request_timeout)]
+        stages: list[Stage] = [self.meter, check, admit, guard, cache, route(settings.request_timeout)]
         pipeline = Pipeline(stages)
         tasks = [make.task(self.names.resolve) for make in (chat, completions, embeddings)]
         front = Front(

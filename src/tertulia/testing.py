@@ -27,7 +27,9 @@ def tertulia_settings() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def tertulia_server(tmp_path_factory: pytest.TempPathFactory, tertulia_settings: dict[str, Any]) -> Iterator[Background]:
+def tertulia_server(
+    tmp_path_factory: pytest.TempPathFactory, tertulia_settings: dict[str, Any]
+) -> Iterator[Background]:
     """A running server with base_url, api_key, client() and async_client(); one for the whole session."""
     from .inprocess import start
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import openai
 import pytest
+
 from conftest import Served, serve, with_models
 
 HELLO = [{"role": "user", "content": "Tell me a very long story about the sea."}]
@@ -35,8 +36,8 @@ def mock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.fixture
-def local(models: Path, tmp_path: Path) -> Iterator[Served]:
-    served = serve(with_models(tmp_path, models))
+def local(model_files: Path, tmp_path: Path) -> Iterator[Served]:
+    served = serve(with_models(tmp_path, model_files))
     yield served
     served.stop()
 
@@ -122,7 +123,9 @@ def test_engine_child_killed_mid_stream(local: Served) -> None:
 def test_engine_child_killed_before_a_whole_answer(local: Served) -> None:
     async def work() -> None:
         client = local.async_client()
-        asking = asyncio.create_task(client.chat.completions.create(model="gpt-4o-mini", messages=HELLO, max_tokens=2000))
+        asking = asyncio.create_task(
+            client.chat.completions.create(model="gpt-4o-mini", messages=HELLO, max_tokens=2000)
+        )
         while not children(local.process.pid):
             await asyncio.sleep(0.05)
         await asyncio.sleep(3)
@@ -136,8 +139,8 @@ def test_engine_child_killed_before_a_whole_answer(local: Served) -> None:
     assert works(local, "gpt-4o-mini")
 
 
-def test_gateway_killed_leaves_no_orphan(models: Path, tmp_path: Path) -> None:
-    served = serve(with_models(tmp_path, models))
+def test_gateway_killed_leaves_no_orphan(model_files: Path, tmp_path: Path) -> None:
+    served = serve(with_models(tmp_path, model_files))
     stream = served.client().chat.completions.create(model="gpt-4o-mini", messages=HELLO, max_tokens=2000, stream=True)
     next(stream)
     running = children(served.process.pid)
@@ -155,8 +158,8 @@ def test_gateway_killed_leaves_no_orphan(models: Path, tmp_path: Path) -> None:
         again.stop()
 
 
-def test_a_stop_ends_the_children_too(models: Path, tmp_path: Path) -> None:
-    served = serve(with_models(tmp_path, models))
+def test_a_stop_ends_the_children_too(model_files: Path, tmp_path: Path) -> None:
+    served = serve(with_models(tmp_path, model_files))
     assert works(served, "gpt-4o-mini")
     running = children(served.process.pid)
     assert running
@@ -181,9 +184,9 @@ def test_a_corrupt_model_file_is_said_and_not_served(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1 and "models.bad.file" in done.stderr
 
 
-def test_a_model_file_that_breaks_after_the_start(models: Path, tmp_path: Path) -> None:
+def test_a_model_file_that_breaks_after_the_start(model_files: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.gguf"
-    copy.write_bytes((models / "smollm2-135m-instruct.gguf").read_bytes())
+    copy.write_bytes((model_files / "smollm2-135m-instruct.gguf").read_bytes())
     served = serve(
         tmp_path / "data", f'preload = false\n[models.copy]\nfile = "{copy}"\n',
         "--chat-model", "mock", "--embedding-model", "mock-embedding",
@@ -249,7 +252,9 @@ def test_an_unknown_option_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 def test_a_data_directory_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = subprocess.run(
-        [sys.executable, "-m", "tertulia", "serve", "--data", str(tmp_path / "file" / "x")], capture_output=True, text=True
+        [sys.executable, "-m", "tertulia", "serve", "--data", str(tmp_path / "file" / "x")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "data directory" in done.stderr
 

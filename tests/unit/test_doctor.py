@@ -344,8 +344,8 @@ def test_upstreams(data: Path, tmp_path: Path, mock_server: Served, monkeypatch:
 # With a model ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_deep_look_gets_an_answer(models: Path, tmp_path: Path) -> None:
-    data = with_models(tmp_path / "data", models)
+def test_a_deep_look_gets_an_answer(model_files: Path, tmp_path: Path) -> None:
+    data = with_models(tmp_path / "data", model_files)
     found = look(doctor.generation, data, deep=True)
     assert all_ok(found) and len(found) == 2 and all("answers in" in finding.what for finding in found)
     assert look(doctor.generation, data) == []

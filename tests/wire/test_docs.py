@@ -37,12 +37,12 @@ def run(arguments: list[str], where: Path, **environment: str) -> subprocess.Com
 
 
 @pytest.mark.parametrize("text", blocks("python"))
-def test_a_program_runs_as_it_stands(text: str, server: Served, models: Path, tmp_path: Path) -> None:
+def test_a_program_runs_as_it_stands(text: str, server: Served, model_files: Path, tmp_path: Path) -> None:
     """Programs that make a server of their own find the models in a data directory of their own."""
     (tmp_path / "program.py").write_text(text, encoding="utf-8")
     done = run(
         ["program.py"], tmp_path, OPENAI_BASE_URL=server.base_url, OPENAI_API_KEY=server.api_key,
-        TERTULIA_DATA=str(with_models(tmp_path / "data", models)), HOME=str(tmp_path),
+        TERTULIA_DATA=str(with_models(tmp_path / "data", model_files)), HOME=str(tmp_path),
     )  # fmt: skip
     if "print(" in text:
         assert done.stdout.strip()

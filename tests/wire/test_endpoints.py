@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import Served
 from openai import pydantic_function_tool
 from pydantic import BaseModel
+
+from conftest import Served
 
 QUESTION = [{"role": "user", "content": "Say hello."}]
 WEATHER = {
@@ -25,7 +26,10 @@ WEATHER = {
     "required": ["location", "unit"],
     "additionalProperties": False,
 }
-TOOL = {"type": "function", "function": {"name": "get_weather", "description": "The weather somewhere", "parameters": WEATHER}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "The weather somewhere", "parameters": WEATHER},
+}
 TIME_TOOL = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}}
 
 Ask = Callable[..., Any]
@@ -61,13 +65,13 @@ def ask(request: pytest.FixtureRequest, server: Served) -> Ask:
 
 
 def chat(ask: Ask, messages: Any = QUESTION, **parameters: Any) -> Any:
-    return ask("chat.completions", "create", **{"model": "gpt-4o-mini", "messages": messages, "max_tokens": 24, **parameters})
+    return ask(
+        "chat.completions", "create", **{"model": "gpt-4o-mini", "messages": messages, "max_tokens": 24, **parameters}
+    )
 
 
 def text_of(chunks: list[Any], index: int = 0) -> str:
-    return "".join(
-        choice.delta.content or "" for chunk in chunks for choice in chunk.choices if choice.index == index
-    )
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices if choice.index == index)
 
 
 # ---- models
@@ -181,12 +185,20 @@ def test_messages_of_every_role(ask: Ask) -> None:
     conversation = [
         {"role": "developer", "content": "You answer in one word."},
         {"role": "system", "content": "Be friendly."},
-        {"role": "user", "name": "ana", "content": [{"type": "text", "text": "What is the weather in "}, {"type": "text", "text": "Rome?"}]},
+        {
+            "role": "user",
+            "name": "ana",
+            "content": [{"type": "text", "text": "What is the weather in "}, {"type": "text", "text": "Rome?"}],
+        },
         {
             "role": "assistant",
             "content": None,
             "tool_calls": [
-                {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"location":"Rome"}'}}
+                {
+                    "id": "call_1",
+                    "type": "function",
+                    "function": {"name": "get_weather", "arguments": '{"location":"Rome"}'},
+                }
             ],
         },
         {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
@@ -290,7 +302,9 @@ def test_a_forced_call_is_valid(ask: Ask, stream: bool, choice: Any) -> None:
     [(name, arguments)] = calls_of(answer, stream)
     assert name == "get_weather"
     check_weather(arguments)
-    finish = [c.finish_reason for chunk in answer for c in chunk.choices][-1] if stream else answer.choices[0].finish_reason
+    finish = (
+        [c.finish_reason for chunk in answer for c in chunk.choices][-1] if stream else answer.choices[0].finish_reason
+    )
     assert finish == "tool_calls"
     if not stream:
         assert answer.choices[0].message.content is None
@@ -344,7 +358,9 @@ def test_legacy_functions(ask: Ask, stream: bool) -> None:
         functions=[TOOL["function"]], function_call={"name": "get_weather"},
     )  # fmt: skip
     if stream:
-        deltas = [choice.delta.function_call for chunk in answer for choice in chunk.choices if choice.delta.function_call]
+        deltas = [
+            choice.delta.function_call for chunk in answer for choice in chunk.choices if choice.delta.function_call
+        ]
         assert deltas[0].name == "get_weather"
         check_weather("".join(delta.arguments or "" for delta in deltas))
     else:
@@ -357,7 +373,9 @@ def test_legacy_functions(ask: Ask, stream: bool) -> None:
 
 
 def complete(ask: Ask, prompt: Any, **parameters: Any) -> Any:
-    return ask("completions", "create", **{"model": "gpt-3.5-turbo-instruct", "prompt": prompt, "max_tokens": 5, **parameters})
+    return ask(
+        "completions", "create", **{"model": "gpt-3.5-turbo-instruct", "prompt": prompt, "max_tokens": 5, **parameters}
+    )
 
 
 def test_completion_of_text(ask: Ask) -> None:
@@ -395,7 +413,11 @@ def test_completion_stream(server: Served) -> None:
     # The SDK's type of a streamed completion demands a finish_reason on every chunk, which OpenAI itself does not send:
     # this one shape cannot be streamed in strict mode by anybody.
     client = server.client(_strict_response_validation=False)
-    chunks = list(client.completions.create(model="gpt-3.5-turbo-instruct", prompt="Once upon a", max_tokens=5, stream=True, temperature=0))
+    chunks = list(
+        client.completions.create(
+            model="gpt-3.5-turbo-instruct", prompt="Once upon a", max_tokens=5, stream=True, temperature=0
+        )
+    )
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
 
@@ -415,7 +437,9 @@ def test_completion_stream(server: Served) -> None:
 def embed(ask: Ask, given: Any, **parameters: Any) -> Any:
     # Floats, because the SDK validates before it decodes base64: what it asks for by default fails its own strict mode.
     return ask(
-        "embeddings", "create", **{"model": "text-embedding-3-small", "input": given, "encoding_format": "float", **parameters}
+        "embeddings",
+        "create",
+        **{"model": "text-embedding-3-small", "input": given, "encoding_format": "float", **parameters},
     )
 
 

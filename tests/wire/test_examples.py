@@ -49,8 +49,8 @@ def test_conversation(server: Any) -> None:
     assert done.returncode == 0 and done.stdout.strip() and not done.stderr, done.stderr
 
 
-def test_conversation_forgets_when_it_must(models: Path, tmp_path: Path) -> None:
-    small = serve(with_models(tmp_path, models), "", "--context-length", "256")
+def test_conversation_forgets_when_it_must(model_files: Path, tmp_path: Path) -> None:
+    small = serve(with_models(tmp_path, model_files), "", "--context-length", "256")
     try:
         long = "word " * 90
         done = run(small, "conversation", said=f"{long}\n{long}\n{long * 10}\nSay goodbye.\n")

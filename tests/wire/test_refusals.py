@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+
 from conftest import Served
 
 CHAT = {"model": "mock", "messages": [{"role": "user", "content": "hi"}]}
@@ -53,7 +54,12 @@ def check(answer: Answer, status: int, code: str | None, param: str | None = Non
     assert decoded["error"]["type"] == "invalid_request_error"
 
 
-ROUTES = [*(("POST", path) for path in POSTS), *(("GET", path) for path in GETS), ("GET", "/nothing"), ("POST", "/nothing")]
+ROUTES = [
+    *(("POST", path) for path in POSTS),
+    *(("GET", path) for path in GETS),
+    ("GET", "/nothing"),
+    ("POST", "/nothing"),
+]
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
@@ -174,7 +180,10 @@ def test_the_sdk_raises_the_right_class(mock_server: Served) -> None:
     assert bad.value.param == "temperature" and bad.value.code == "decimal_above_max_value"
 
 
-@pytest.mark.parametrize(("status", "error"), [(429, openai.RateLimitError), (500, openai.InternalServerError), (503, openai.InternalServerError)])
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(429, openai.RateLimitError), (500, openai.InternalServerError), (503, openai.InternalServerError)],
+)
 def test_engine_errors_keep_their_status(mock_server: Served, status: int, error: type[Exception]) -> None:
     with pytest.raises(error):
         mock_server.client().chat.completions.create(**CHAT, extra_body={"mock": {"error": {"status": status}}})
@@ -182,7 +191,9 @@ def test_engine_errors_keep_their_status(mock_server: Served, status: int, error
 
 def test_an_error_in_a_stream_raises(mock_server: Served) -> None:
     stream = mock_server.client().chat.completions.create(
-        **CHAT, stream=True, extra_body={"mock": {"text": "one two three four", "chunk": 4, "cut": 2, "error": {"status": 500}}}
+        **CHAT,
+        stream=True,
+        extra_body={"mock": {"text": "one two three four", "chunk": 4, "cut": 2, "error": {"status": 500}}},
     )
     with pytest.raises(openai.APIError):
         for _ in stream:

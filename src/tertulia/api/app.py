@@ -48,7 +48,9 @@ def build(
         *(Route(task.path, only_post, methods=["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"]) for task in tasks),
         *routes,
     ]
-    app = Starlette(routes=table, exception_handlers={TertuliaError: _refused, HTTPException: _no_route, Exception: _broken})
+    app = Starlette(
+        routes=table, exception_handlers={TertuliaError: _refused, HTTPException: _no_route, Exception: _broken}
+    )
     app.router.redirect_slashes = False
     return guarded(app, directory)
 

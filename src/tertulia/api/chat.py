@@ -17,7 +17,18 @@ from ..core import Call, Task
 from ..errors import BadRequest
 from .decode import decode
 from .fields import (
-    Bias, Count, Identifier, Metadata, Model, Penalty, Probability, Seed, Stop, StreamOptions, Temperature, Tokens,
+    Bias,
+    Count,
+    Identifier,
+    Metadata,
+    Model,
+    Penalty,
+    Probability,
+    Seed,
+    Stop,
+    StreamOptions,
+    Temperature,
+    Tokens,
 )  # fmt: skip
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")

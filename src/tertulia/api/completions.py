@@ -12,7 +12,17 @@ from ..core import Call, Task
 from ..errors import BadRequest
 from .decode import decode
 from .fields import (
-    Bias, Count, Identifier, Metadata, Model, Penalty, Probability, Seed, Stop, StreamOptions, Temperature,
+    Bias,
+    Count,
+    Identifier,
+    Metadata,
+    Model,
+    Penalty,
+    Probability,
+    Seed,
+    Stop,
+    StreamOptions,
+    Temperature,
 )  # fmt: skip
 
 Token = Annotated[int, Meta(ge=0)]

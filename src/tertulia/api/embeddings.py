@@ -42,7 +42,7 @@ def task(resolve: Callable[[Call, str], None]) -> Task:
     return Task("embedding", "/v1/embeddings", check)
 
 
-def _check_input(given: str | list[str] | list[int] | list[list[int]]) -> None:
+def _check_input(given: str | list[str | int | list[int]]) -> None:
     if isinstance(given, str):
         if not given:
             raise _empty("input")

@@ -40,7 +40,9 @@ class Front:
         self.connections: set[Protocol] = set()
         self._sweeper: asyncio.TimerHandle | None = None
 
-    def __call__(self, config: Config, server_state: ServerState, app_state: dict[str, Any], _loop: Any = None) -> Protocol:
+    def __call__(
+        self, config: Config, server_state: ServerState, app_state: dict[str, Any], _loop: Any = None
+    ) -> Protocol:
         """uvicorn asks for a protocol per connection."""
         return Protocol(self, config, server_state, app_state, _loop)
 
@@ -70,7 +72,9 @@ IDLE, READING, ANSWERING = "idle", "reading", "answering"
 class Protocol(HttpToolsProtocol):
     """One client connection."""
 
-    def __init__(self, front: Front, config: Config, server_state: ServerState, app_state: dict[str, Any], loop: Any) -> None:
+    def __init__(
+        self, front: Front, config: Config, server_state: ServerState, app_state: dict[str, Any], loop: Any
+    ) -> None:
         super().__init__(config, server_state, app_state, loop)
         self.front = front
         self.phase = READING  # a new connection owes us a request
@@ -224,8 +228,26 @@ class Exchange:
     """One request on a hot path and its answer; the Sink of its Reply, and to uvicorn a cycle like its own."""
 
     __slots__ = (
-        "protocol", "front", "task", "headers", "began", "id", "who", "reply", "keep_alive", "old", "current", "arrived",
-        "response_complete", "disconnected", "message_event", "_body", "_size", "_head", "_pieces", "_refusal",
+        "_body",
+        "_head",
+        "_pieces",
+        "_refusal",
+        "_size",
+        "arrived",
+        "began",
+        "current",
+        "disconnected",
+        "front",
+        "headers",
+        "id",
+        "keep_alive",
+        "message_event",
+        "old",
+        "protocol",
+        "reply",
+        "response_complete",
+        "task",
+        "who",
     )  # fmt: skip
 
     def __init__(self, protocol: Protocol, task: Task) -> None:

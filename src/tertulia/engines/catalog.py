@@ -47,7 +47,8 @@ _SMOLLM2 = Known(
         licence="Apache-2.0",
         context_length=8192,
         capabilities=CHAT,
-        sampling={"temperature": 0.2, "top_p": 0.9},  # what its model card recommends
+        # the first two as its model card recommends; the last is where an answer ends whose caller names no maximum
+        sampling={"temperature": 0.2, "top_p": 0.9, "max_tokens": 512},
         owned_by="HuggingFaceTB",
         created=1738897200,
         description="SmolLM2 135M Instruct, Q4_1: small and quick; tools by grammar",

@@ -223,7 +223,7 @@ class Children:
         child = Child(card, process, order["secret"], said["port"], said["pool"])
         try:
             await child.describe()
-        except BaseException:
+        except BaseException:  # a cancelled load must not leave its sockets open either
             child.pool.close()
             raise
         return child

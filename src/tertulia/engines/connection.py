@@ -32,7 +32,7 @@ class Receiver(Protocol):
 class Connection(asyncio.Protocol):
     """One socket to an engine; one request at a time. cancel() closes it, which is how an engine learns to stop."""
 
-    __slots__ = ("_pool", "transport", "_receiver", "_parser", "_headers", "_size", "_answered", "used")
+    __slots__ = ("_answered", "_headers", "_parser", "_pool", "_receiver", "_size", "transport", "used")
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -186,9 +186,7 @@ class Pool:
         self._all.add(connection)
         return connection
 
-    async def send(
-        self, method: bytes, path: bytes, headers: bytes, body: bytes, receiver: Receiver
-    ) -> Connection:
+    async def send(self, method: bytes, path: bytes, headers: bytes, body: bytes, receiver: Receiver) -> Connection:
         """Sends a request on an idle connection, or a new one. Raises EngineFailed if none can be made."""
         connection = self.take() or await self.connect()
         connection.send(self.request(method, path, headers, body), receiver)

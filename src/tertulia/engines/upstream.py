@@ -66,7 +66,9 @@ class Upstream:
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in head).encode("latin-1")
 
     def models(self) -> Sequence[ModelCard]:
-        return [ModelCard(id=ours, kind="chat", source=f"upstream:{self.name}", owned_by=self.name) for ours in self._models]
+        return [
+            ModelCard(id=ours, kind="chat", source=f"upstream:{self.name}", owned_by=self.name) for ours in self._models
+        ]
 
     async def ready(self, model: str) -> bool:
         return True  # an upstream is asked when it is needed
@@ -97,7 +99,7 @@ class Upstream:
 class _Passing:
     """Receives the upstream's answer and pushes it: a stream in whole events, anything else as one piece."""
 
-    __slots__ = ("reply", "stream", "status", "rest", "size", "connection", "retry", "done")
+    __slots__ = ("connection", "done", "reply", "rest", "retry", "size", "status", "stream")
 
     def __init__(self, reply: Reply, stream: bool) -> None:
         self.reply, self.stream = reply, stream

@@ -1,12 +1,12 @@
 """The one door: every model call passes the same stages in the same order, whoever makes it.
 
-        a call goes down                                   its answer comes up, pushed
-    ┌── meter    counts, logs, journals: outermost, so refusals, hits and disconnects are all recorded
-    ├── check    decodes the body once, validates it, finds what the model name means
-    ├── admit    limits and spend: needs to know the model, and must refuse before anything is spent
-    ├── guard    content rules: above cache, so a cached answer passes today's rules
-    ├── cache    answers what was answered before; joins identical calls in flight
-    └── route    innermost: which engine answers, and what happens when it does not
+    a call goes down                                   its answer comes up, pushed
+┌── meter    counts, logs, journals: outermost, so refusals, hits and disconnects are all recorded
+├── check    decodes the body once, validates it, finds what the model name means
+├── admit    limits and spend: needs to know the model, and must refuse before anything is spent
+├── guard    content rules: above cache, so a cached answer passes today's rules
+├── cache    answers what was answered before; joins identical calls in flight
+└── route    innermost: which engine answers, and what happens when it does not
 """
 
 from __future__ import annotations

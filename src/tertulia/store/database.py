@@ -38,7 +38,9 @@ api_keys = Table(
     Column("organization_id", String(64), nullable=False),
     Column("project_id", String(64)),
     Column("name", String(256), nullable=False),
-    Column("hash", LargeBinary(32), nullable=False, unique=True),  # keyed BLAKE2b of the key; the key itself is not kept
+    Column(
+        "hash", LargeBinary(32), nullable=False, unique=True
+    ),  # keyed BLAKE2b of the key; the key itself is not kept
     Column("hint", String(32), nullable=False),  # first and last characters, to recognise it by
     Column("created_at", BigInteger, nullable=False),
 )

@@ -4,6 +4,7 @@ disk at the latest `flush_seconds` later. It knows nothing of what the lines say
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -14,16 +15,34 @@ class Journal:
 
     def __init__(self, path: Path, flush_seconds: float = 1.0) -> None:
         self.path = path
-        self._file = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        self._file = os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self._mend()
         self._dirty = False
         self._stop = threading.Event()
         self._flusher = threading.Thread(target=self._flush, args=(flush_seconds,), name="journal", daemon=True)
         self._flusher.start()
 
     def append(self, line: bytes) -> None:
-        """line without its line break. Raises OSError when the disk does not take it."""
-        os.write(self._file, line + b"\n")
+        """line without its line break. Raises OSError when the disk does not take it, and then nothing of it is there."""
+        data = line + b"\n"
+        written = os.write(self._file, data)
+        if written < len(data):
+            os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._dirty = True
+
+    def _mend(self) -> None:
+        """Takes away a last line that a crash cut short, so that the next one does not grow together with it."""
+        size = end = os.fstat(self._file).st_size
+        while end > 0:
+            start = max(0, end - 65536)
+            found = os.pread(self._file, end - start, start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        if end < size:
+            os.ftruncate(self._file, end)
 
     def _flush(self, seconds: float) -> None:
         while not self._stop.wait(seconds):

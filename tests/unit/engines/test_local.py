@@ -435,6 +435,25 @@ def test_a_client_that_leaves_stops_the_generation_at_once(bench: Bench) -> None
     bench.run(part())
 
 
+def test_a_cancelled_caller_stops_the_generation_too(bench: Bench) -> None:
+    async def part() -> None:
+        call, sink = bench.call(
+            chat, {"model": "talker", "messages": HELLO, "stream": True, "ignore_eos": True}, "talker"
+        )
+        child = await bench.children.running(CARDS["talker"])
+        answering = asyncio.ensure_future(bench.local.answer(call))
+        while len(sink.pieces) < 2:
+            await asyncio.sleep(0.01)
+        answering.cancel()
+        await asyncio.wait([answering])
+        gone = time.monotonic()
+        while await busy(child):
+            assert time.monotonic() - gone < 2
+            await asyncio.sleep(0.01)
+
+    bench.run(part())
+
+
 async def busy(child: Any) -> int:
     _, body = await child.pool.fetch("GET", "/slots", child.headers)
     return sum(slot["is_processing"] for slot in json.loads(body))
@@ -481,7 +500,7 @@ def test_a_paused_reply_stops_the_engine_from_running_ahead(bench: Bench) -> Non
 def test_more_calls_than_memory_wait_their_turn(bench: Bench) -> None:
     async def part() -> list[Call]:
         calls = [
-            bench.call(chat, {"model": "talker", "messages": HELLO, "max_tokens": 6000, "stop": [","]}, "talker")[0]
+            bench.call(chat, {"model": "talker", "messages": HELLO, "max_tokens": 6000, "stop": [" "]}, "talker")[0]
             for _ in range(5)
         ]
         await asyncio.gather(*(bench.local.answer(call) for call in calls))

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llguidance import LLMatcher
 
 from tertulia.engines import toolcalls
 from tertulia.errors import BadRequest, EngineFailed
+from walks import admits
 
 WEATHER = {
     "name": "get_weather",
@@ -31,16 +31,6 @@ TOOLS = [
 ]
 FUNCTIONS = TOOLS[:2]
 NAMED = {"type": "function", "function": {"name": "now"}}
-
-
-def admits(grammar: str | None, text: str) -> bool:
-    """Whether the grammar admits exactly this text."""
-    from test_schemas import TOKENIZER
-
-    assert grammar is not None
-    matcher = LLMatcher(TOKENIZER, LLMatcher.grammar_from_lark(grammar), log_level=0)
-    assert not matcher.is_error(), matcher.get_error()
-    return all(matcher.consume_token(byte) for byte in text.encode()) and matcher.is_accepting()
 
 
 def call(name: str, arguments: str = "{}") -> str:

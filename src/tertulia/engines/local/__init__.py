@@ -74,27 +74,25 @@ class Local:
         assert call.target is not None
         card = call.target.card
         refuse_kind(call.task.name, card)
+        answer: ChatAnswer | TextAnswer | EmbeddingAnswer
         if call.task.name == "chat":
-            await self._generate(call, ChatAnswer(call, card, self._fingerprint(card)), card)
+            answer = ChatAnswer(call, card, self._fingerprint(card))
         elif call.task.name == "completion":
-            await self._generate(call, TextAnswer(call, card, self._fingerprint(card)), card)
+            answer = TextAnswer(call, card, self._fingerprint(card))
         else:
-            embedding = EmbeddingAnswer(call, card)
-            child = await self._running(card)
-            with child:
-                if not call.reply.closed:
-                    await embedding.run(child)
-
-    async def _generate(self, call: Call, answer: ChatAnswer | TextAnswer, card: ModelCard) -> None:
+            answer = EmbeddingAnswer(call, card)
         child = await self._running(card)
         try:
             await self._run(call, answer, card, child)
         except EngineFailed:  # raised, not told to the reply: nothing was asked of this child yet
             if call.reply.begun or call.reply.closed or not await _is_dead(child):
                 raise
+            call.reply.header("x-tertulia-retries", "1")
             await self._run(call, answer, card, await self._running(card))
 
-    async def _run(self, call: Call, answer: ChatAnswer | TextAnswer, card: ModelCard, child: Child) -> None:
+    async def _run(
+        self, call: Call, answer: ChatAnswer | TextAnswer | EmbeddingAnswer, card: ModelCard, child: Child
+    ) -> None:
         with child:
             if call.reply.closed:
                 return
@@ -105,10 +103,10 @@ class Local:
             if not held:
                 return
             try:
-                if isinstance(answer, ChatAnswer):
-                    await answer.run(child)
-                else:
+                if isinstance(answer, TextAnswer):
                     await answer.run(child, await self._can_fill_in(child, card) if call.asked.suffix else None)
+                else:
+                    await answer.run(child)
             finally:
                 room.leave(held)
 

@@ -178,6 +178,8 @@ class ChatAnswer:
         if self._limit is not None:
             await self._check_length(exchange, body)
             body["max_tokens"] = self._limit
+        elif "max_tokens" in self._card.sampling:
+            body["max_tokens"] = int(self._card.sampling["max_tokens"])  # a small model may else go round for ever
         requests = []
         for first in range(0, self._count, child.slots):
             body["n"] = count = min(child.slots, self._count - first)
@@ -220,7 +222,7 @@ class ChatAnswer:
             names = {tool.name for tool in plan.tools}
             tools = self._raw.get("tools") or [{"type": "function", "function": f} for f in self._raw["functions"]]
             body["tools"] = [tool for tool in tools if tool["function"]["name"] in names]
-            body["parallel_tool_calls"] = plan.several
+            body["parallel_tool_calls"] = asked.parallel_tool_calls is not False
             body["messages"] = joined(native(messages))
         elif child.template_knows_tools and not plan.calls and not has_custom_calls(messages):
             body["messages"] = joined(native(messages))

@@ -85,6 +85,10 @@ class EmbeddingAnswer:
         self._used = 0
         call.reply.on_close(self._settle)
 
+    def need(self, child: Child) -> int:
+        """Tokens of the child's memory that the call will need: an encoder keeps none from one batch to the next."""
+        return 1
+
     async def run(self, child: Child) -> None:
         exchange = Exchange(self._call.reply, child, "input", too_long)
         if any(not isinstance(item, str) for item in self._items):

@@ -18,6 +18,7 @@ from ...errors import BadRequest, ContextLengthExceeded, EngineFailed, Overloade
 from ..connection import Connection, Pool
 
 MEMORY_FULL = "Context size has been exceeded"  # what all calls of a child hear when their common memory is full
+AT_ONCE = 0.25  # seconds
 EVENT_LIMIT = 16 * 2**20  # bytes of one event, or of one answer that is not a stream
 
 
@@ -96,6 +97,8 @@ class Exchange:
         self.reply = reply
         self.child = child
         self.over = False
+        self.heard = False  # whether the child has answered anything
+        self._sent = 0.0
         self._prompt, self._too_long = prompt, too_long
         self._open: set[_Receiver] = set()
         self._left = 0
@@ -109,29 +112,30 @@ class Exchange:
         """Sends the requests, as many at a time as the child has slots, and returns when all is over, one way or the
         other. finish is called as soon as the last answer is complete, and not at all if the call ended before."""
         self._left, self._finish = len(requests), finish
-        for request in requests:
-            while self._busy and self._busy + request.slots > self.child.slots and not self.over:
-                self._room.clear()
-                await self._room.wait()
-            if self.over:
-                break
-            self._busy += request.slots
-            try:
-                await self._send(_Receiver(self, request))
-            except EngineFailed as error:
-                if request is requests[0]:
-                    self._stop()
-                    raise  # nothing has been asked yet: the caller may try another child
-                self.fail(error)
-        await self._ended
+        try:
+            for request in requests:
+                while self._busy and self._busy + request.slots > self.child.slots and not self.over:
+                    self._room.clear()
+                    await self._room.wait()
+                if self.over:
+                    break
+                self._busy += request.slots
+                try:
+                    await self._send(_Receiver(self, request))
+                except EngineFailed as error:
+                    if request is requests[0]:
+                        raise  # nothing has been asked yet: the caller may try another child
+                    self.fail(error)
+            await self._ended
+        finally:
+            self._stop()  # the caller was cancelled, or there was nobody to ask
 
     async def ask(self, path: bytes, body: bytes) -> bytes:
         """One small question on the way (token counts and the like). Raises the error the child's refusal means."""
         try:
             status, answer = await self.child.pool.fetch("POST", path.decode(), self.child.headers, body)
-        except (
-            EngineFailed
-        ):  # most likely a kept-alive connection that had just been closed; a question can be repeated
+        except EngineFailed:
+            # most likely a kept-alive connection that had just been closed; a question can be repeated
             status, answer = await self.child.pool.fetch("POST", path.decode(), self.child.headers, body)
         if status != 200:
             raise translate(status, answer, self._prompt, self._too_long)
@@ -148,6 +152,7 @@ class Exchange:
         if self.reply.paused:
             connection.pause_reading()
         request = receiver.request
+        self._sent = asyncio.get_running_loop().time()
         connection.send(pool.request(b"POST", request.path, self.child.headers, request.body), receiver)
 
     def _resend(self, receiver: _Receiver) -> None:
@@ -155,7 +160,7 @@ class Exchange:
             try:
                 await self._send(receiver)
             except TertuliaError as error:
-                self.fail(error)
+                self.broken(error)
 
         self._retry = asyncio.get_running_loop().create_task(again())
 
@@ -188,11 +193,19 @@ class Exchange:
             self._stop()
             self.reply.fail(error)
 
+    def broken(self, error: TertuliaError) -> None:
+        """A connection ended too early. If that was at once, the child was dying when we asked: run() raises it, and
+        another child may be asked. Otherwise it was answering us."""
+        if not self.heard and asyncio.get_running_loop().time() - self._sent < AT_ONCE:
+            self.crash(error)
+        else:
+            self.fail(error)
+
     def refused(self, status: int, said: bytes) -> None:
         self.fail(translate(status, said, self._prompt, self._too_long))
 
     def crash(self, error: Exception) -> None:
-        """A bug of ours, found in a socket's callback: run() raises it where it will be heard."""
+        """Something found in a socket's callback (a bug of ours, as a rule) that run() is to raise, where it is heard."""
         if not self._ended.done():
             self._ended.set_exception(error)
         self._stop()
@@ -238,6 +251,7 @@ class _Receiver:
 
     def head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._status = status
+        self.exchange.heard = True
 
     def piece(self, data: bytes) -> None:
         if self.exchange.over:
@@ -280,8 +294,8 @@ class _Receiver:
             self.again = True  # the child closed an idle connection just as we took it: that is no failure of the call
             exchange._open.discard(self)
             exchange._resend(self)
-            return
-        exchange.fail(EngineFailed())
+        else:
+            exchange.broken(EngineFailed())
 
 
 class Events:
