@@ -5,7 +5,7 @@
 One gateway with its children is started; a load generator in a process of its own then speaks in turn to the gateway
 and to the child itself (same requests, same sampling), at 1, 4 and 8 concurrent streams, and with embeddings. Printed
 are medians over the rounds: tokens/s, time to first token, the ratio gateway/direct; then the gateway's resident memory
-without its children, and the time from exec to the first answer of a new server with the model's own load time beside it.
+without its children, and the time from exec to the first answer of a new server, the model's own load time beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
+
+from tertulia.engines.connection import Pool
+from tertulia.engines.local import Local
+from tertulia.inprocess import Background, start
 
 STREAMS = (1, 4, 8)
 ANSWER_TOKENS = 96
@@ -79,9 +84,7 @@ class Watch:
 
 
 async def load(base: str, key: str, kind: str, streams: int, seconds: float, direct: bool) -> dict[str, float]:
-    from tertulia.engines.connection import Pool
-
-    pool = Pool(base)
+    pool = Pool(base, idle_limit=0)  # llama.cpp closes after a stream, whatever it says: a new connection each
     headers = f"authorization: Bearer {key}\r\ncontent-type: application/json\r\n".encode()
     await one(pool, headers, kind, 0, direct)
     stop, tokens, firsts = time.perf_counter() + seconds, 0, []
@@ -99,10 +102,18 @@ async def load(base: str, key: str, kind: str, streams: int, seconds: float, dir
     return {"tokens_per_s": tokens / (time.perf_counter() - began), "first_ms": statistics.median(firsts) * 1000}
 
 
+async def first_answer(base: str, key: str) -> None:
+    await one(
+        Pool(base), f"authorization: Bearer {key}\r\ncontent-type: application/json\r\n".encode(), "chat", 0, False
+    )
+
+
 def measure(base: str, key: str, kind: str, streams: int, seconds: float, direct: bool) -> dict[str, float]:
     """One load from a process of its own."""
     command = [sys.executable, __file__, "--load", json.dumps([base, kind, streams, seconds, direct])]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "BENCH_TOKEN": key}, check=True)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "BENCH_TOKEN": key}, check=True
+    )
     return json.loads(done.stdout)
 
 
@@ -111,14 +122,14 @@ def resident_mb(pid: int) -> float:
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, object]]:
-    from tertulia.inprocess import start
-
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as data, start(**with_models(data, options)) as server:
         for kind, streams in [*(("chat", n) for n in STREAMS), ("embeddings", 1), ("embeddings", 4)]:
+            if options.only not in (None, kind):
+                continue
             model = "smollm2-135m-instruct" if kind == "chat" else "all-minilm-l6-v2"
-            server.client().models.retrieve(model)
-            child_base, child_key = server.child(model)
+            warm_up(server, kind)
+            child_base, child_key = child_of(server, model)
             seen: dict[bool, list[dict[str, float]]] = {True: [], False: []}
             for turn in range(options.rounds):
                 for direct in (True, False) if turn % 2 else (False, True):
@@ -137,6 +148,22 @@ def compare(options: argparse.Namespace) -> list[dict[str, object]]:
                 flush=True,
             )
     return rows
+
+
+def warm_up(server: Background, kind: str) -> None:
+    """Loads the model."""
+    path, body = request(kind, 0, False)
+    asking = urllib.request.Request(
+        server.base_url[:-3] + path, json.dumps(body).encode(), {"authorization": f"Bearer {server.api_key}"}
+    )
+    urllib.request.urlopen(asking, timeout=120).read()
+
+
+def child_of(server: Background, model: str) -> tuple[str, str]:
+    """(base URL, secret) of the engine child behind a model: private to the server, which a benchmark may know."""
+    local = next(engine for engine in server._server.engines if isinstance(engine, Local))
+    child = next(child for child in local._children.loaded() if child.card.id == model)
+    return f"http://{child.pool.host}:{child.pool.port}", child.headers.split(b"Bearer ")[1].split(b"\r\n")[0].decode()
 
 
 def with_models(data: str, options: argparse.Namespace) -> dict[str, object]:
@@ -160,7 +187,7 @@ def cold(options: argparse.Namespace) -> dict[str, float]:
                 found = re.search(r"http://\S+(?=/v1)", process.stdout.readline())
                 base = found[0] if found else ""
             listens = time.perf_counter() - began
-            asyncio.run(load(base, "sk-bench-0123456789abcdef", "chat", 0, 0, False))
+            asyncio.run(first_answer(base, "sk-bench-0123456789abcdef"))
             answered = time.perf_counter() - began
             asyncio.run(load(base, "sk-bench-0123456789abcdef", "embeddings", 4, 5, False))
             asyncio.run(load(base, "sk-bench-0123456789abcdef", "chat", 8, 5, False))
@@ -170,14 +197,31 @@ def cold(options: argparse.Namespace) -> dict[str, float]:
             process.wait(20)
 
 
-def model_load_seconds(options: argparse.Namespace) -> float:
-    """What the engine alone takes: exec of a child to its first answer of the same request."""
-    return 0.0
+def engine_alone(options: argparse.Namespace) -> float:
+    """The model's own load time: seconds from exec of the engine child to its first answer of the same request."""
+    from tertulia.config import load as load_settings
+    from tertulia.engines.children import Children
+    from tertulia.server import LocalModels, shelf_of
+
+    async def work() -> float:
+        settings = load_settings({"data": options.data})
+        models = LocalModels(settings, shelf_of(settings))
+        children = Children(settings, models.path)
+        began = time.perf_counter()
+        child = await children.running(models.cards["smollm2-135m-instruct"])
+        path, body = request("chat", 0, True)
+        await child.pool.fetch("POST", path, child.headers, json.dumps(body).encode(), 120)
+        took = time.perf_counter() - began
+        await children.close()
+        return took
+
+    return asyncio.run(work())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=12, help="length of one load")
+    parser.add_argument("--only", help="measure only this: chat or embeddings")
     parser.add_argument("--rounds", type=int, default=3, help="loads of each kind, of which the median counts")
     parser.add_argument(
         "--data", default="~/.local/share/tertulia", help="directory whose models/ has the default models"
@@ -191,7 +235,8 @@ def main() -> None:
         return
     print(f"{'':11}{'streams':>8}{'tertulia/s':>12}{'direct/s':>12}{'ratio':>8}{'first ms':>14}{'direct ms':>12}")
     rows = compare(options)
-    start = cold(options)
+    starts = [{**cold(options), "engine_alone_s": engine_alone(options)} for _ in range(options.rounds)]
+    start = {name: statistics.median(each[name] for each in starts) for name in starts[0]}
     print({name: round(value, 2) for name, value in start.items()})
     if options.out:
         Path(options.out).write_text(json.dumps({"rows": rows, "start": start}, indent=1))

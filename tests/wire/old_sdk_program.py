@@ -194,7 +194,7 @@ def chat_parse() -> None:
 @check
 def chat_stream_helper() -> None:
     home: Any = client.chat.completions if hasattr(client.chat.completions, "stream") else client.beta.chat.completions
-    with home.stream(model=CHAT, messages=MESSAGES, max_tokens=8) as stream:
+    with home.stream(model=CHAT, messages=MESSAGES, max_tokens=300) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion()
     assert "content.delta" in kinds and final.choices[0].message.content

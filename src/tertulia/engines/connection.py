@@ -79,6 +79,8 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._break("The engine's answer is not HTTP.")
+        if not self._answered and self._size > HEAD_LIMIT:  # after parsing: a body may come in the same packet
+            self._break("The engine's answer has too long a head.")
 
     def connection_lost(self, error: Exception | None) -> None:
         self._pool.forget(self)
@@ -107,8 +109,6 @@ class Connection(asyncio.Protocol):
     # from the parser
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.append((name.lower(), value))
-        if self._size > HEAD_LIMIT:
-            self._break("The engine's answer has too long a head.")
 
     def on_headers_complete(self) -> None:
         self._answered = True

@@ -237,6 +237,7 @@ def _parameters(xllamacpp: Any, spec: dict[str, Any], made: Plan) -> Any:
     it.ctx_shift = False  # never forget the beginning of a conversation silently
     it.cache_ram_mib = 64  # of prompts whose slot was taken; children.PROGRAM counts it
     it.cpuparams.n_threads = it.cpuparams_batch.n_threads = spec["threads"]
+    it.prefill_assistant = False  # an assistant message at the end is a turn, as OpenAI reads it, not a beginning
     it.warmup = False  # the first answer is as fast without, and loading is faster
     it.hostnames, it.port = ["127.0.0.1"], 0
     it.api_keys = [spec["secret"]]

@@ -205,7 +205,7 @@ class Exchange:
         self.fail(translate(status, said, self._prompt, self._too_long))
 
     def crash(self, error: Exception) -> None:
-        """Something found in a socket's callback (a bug of ours, as a rule) that run() is to raise, where it is heard."""
+        """Something found in a socket's callback (as a rule a bug of ours) that run() raises, where it is heard."""
         if not self._ended.done():
             self._ended.set_exception(error)
         self._stop()
