@@ -178,7 +178,8 @@ def cold(options: argparse.Namespace) -> dict[str, float]:
         with_models(data, options)
         began = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-m", "tertulia", "serve", "--data", data, "--port", "0"], stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "tertulia", "serve", "--data", data, "--port", "0"],
+            stdout=subprocess.PIPE, text=True,
             env={**os.environ, "TERTULIA_API_KEY": "sk-bench-0123456789abcdef"},
         )  # fmt: skip
         try:

@@ -1,4 +1,4 @@
-"""What all tests share: no address but loopback, the models (fetched once), and a real server in a process of its own."""
+"""What all tests share: no address but loopback, the models (fetched once), a real server in a process of its own."""
 
 from __future__ import annotations
 
@@ -59,6 +59,12 @@ def model_files() -> Path:
         [sys.executable, "-m", "tertulia", "pull", "--data", str(shelf.parent), CHAT_MODEL, EMBEDDING_MODEL], check=True
     )
     return shelf
+
+
+@pytest.fixture(scope="session")
+def model(model_files: Path) -> Path:
+    """The file of the default chat model."""
+    return model_files / f"{CHAT_MODEL}.gguf"
 
 
 @dataclass

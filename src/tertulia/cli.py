@@ -171,9 +171,8 @@ def models(options: argparse.Namespace) -> int:
     for id, card in cards.items():
         size = f"{(card.bytes or 0) / 1e6:.0f} MB"
         state = "installed" if id in installed else "not installed"
-        print(
-            f"{id:32} {card.kind:10} {size:>8}  {card.context_length or '?':>7} tokens  {card.licence or '?':12} {state}"
-        )
+        length = card.context_length or "?"
+        print(f"{id:32} {card.kind:10} {size:>8}  {length:>7} tokens  {card.licence or '?':12} {state}")
     for id in shelf.damaged():
         print(f"{id}: damaged; `tertulia pull {id}` fetches it again", file=sys.stderr)
     return 0

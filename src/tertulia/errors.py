@@ -1,7 +1,7 @@
 """The exceptions of Tertulia, each with the HTTP status, type and code by which the official SDK knows it.
 
     TertuliaError                     500 server_error
-    ├── BadRequest                    400 invalid_request_error; `param` names the culprit, `code` says what is wrong with it
+    ├── BadRequest                    400 invalid_request_error; `param` names the culprit, `code` says what is wrong
     │   └── ContextLengthExceeded     400 context_length_exceeded
     ├── Unauthorized                  401; invalid_api_key where a key was sent
     ├── Forbidden                     403 insufficient_permissions
@@ -15,7 +15,7 @@
     ├── Overloaded                    503 server_is_overloaded, worth another try
     ├── DeadlineExceeded              504 the call took longer than its deadline
     ├── EngineFailed                  502 what should have answered broke (crashed child, bad upstream answer)
-    └── SettingsError                 never sent: a configuration that cannot be used; the CLI prints it and exits with 2
+    └── SettingsError                 never sent: a configuration that cannot be used; the CLI prints it, exits with 2
 
 The message of each is the sentence a caller reads; it holds no key, no prompt and no path of the server.
 """

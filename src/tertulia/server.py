@@ -207,7 +207,7 @@ def engines(settings: Settings, shelf: Shelf) -> list[Engine]:
         found.append(
             Upstream(
                 name, upstream.base_url, upstream.models, reference(upstream.key, f"upstreams.{name}.key"),
-                upstream.organization, upstream.project, upstream.connect_timeout,
+                upstream.organization, upstream.project, upstream.connect_timeout, upstream.timeout,
             )
         )  # fmt: skip
     models = LocalModels(settings, shelf)

@@ -22,19 +22,6 @@ from tertulia.engines.children import Child, Children
 from tertulia.engines.connection import Pool
 from tertulia.errors import EngineFailed, Overloaded, TertuliaError
 
-
-@pytest.fixture(scope="session")
-def model() -> Path:
-    folders = [os.environ.get("TERTULIA_TEST_MODELS"), ".cache/models", "data/models"]
-    for folder in folders:
-        found = sorted(Path(folder).rglob("*[sS]mol[lL][mM]2*.gguf")) if folder else []
-        if found:
-            return found[0].absolute()
-    raise AssertionError(
-        "no SmolLM2 file in $TERTULIA_TEST_MODELS, .cache/models or data/models; `tertulia pull` fetches it"
-    )
-
-
 CARD = ModelCard(id="small", kind="chat", source="file:")
 
 

@@ -214,7 +214,8 @@ def test_messages_of_every_role(ask: Ask) -> None:
 
 def test_parameters_that_only_travel_are_accepted(ask: Ask) -> None:
     answer = chat(
-        ask, presence_penalty=0.5, frequency_penalty=0.5, top_p=0.9, metadata={"a": "b"}, user="u", safety_identifier="s",
+        ask, presence_penalty=0.5, frequency_penalty=0.5, top_p=0.9, metadata={"a": "b"}, user="u",
+        safety_identifier="s",
         prompt_cache_key="k", service_tier="auto", parallel_tool_calls=None, store=False, max_tokens=4,
     )  # fmt: skip
     assert answer.service_tier == "default"
@@ -231,7 +232,8 @@ class Person(BaseModel):
 @pytest.mark.parametrize("stream", [False, True])
 def test_json_mode(ask: Ask, stream: bool) -> None:
     answer = chat(
-        ask, [{"role": "user", "content": "Describe Ana, aged 30, as JSON with name and age."}], max_tokens=120, temperature=0,
+        ask, [{"role": "user", "content": "Describe Ana, aged 30, as JSON with name and age."}], max_tokens=120,
+        temperature=0,
         response_format={"type": "json_object"}, stream=stream,
     )  # fmt: skip
     assert isinstance(json.loads(text_of(answer) if stream else answer.choices[0].message.content), dict)
@@ -260,7 +262,8 @@ def test_the_sdk_stream_helper(server: Served) -> None:
 def test_the_async_sdk_stream_helper(server: Served) -> None:
     async def work() -> Any:
         async with server.async_client().chat.completions.stream(
-            model="gpt-4o-mini", temperature=0, max_tokens=80, tools=[pydantic_function_tool(Person)], tool_choice="required",
+            model="gpt-4o-mini", temperature=0, max_tokens=80, tools=[pydantic_function_tool(Person)],
+            tool_choice="required",
             messages=[{"role": "user", "content": "Ana is 30 years old. Who is she?"}],
         ) as stream:  # fmt: skip
             async for _ in stream:

@@ -1,4 +1,4 @@
-"""Every route x every way of asking wrongly: one canonical error body, the right status, and the headers the SDK needs."""
+"""Every route x every way of asking wrongly: one canonical error body, the right status, the headers the SDK needs."""
 
 from __future__ import annotations
 

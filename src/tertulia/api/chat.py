@@ -215,7 +215,8 @@ def _check_tool_message(message: Message, waiting: list[str], at: int) -> None:
         raise _missing(f"messages[{at}].tool_call_id")
     if message.tool_call_id not in waiting:
         raise BadRequest(
-            "Invalid parameter: messages with role 'tool' must be a response to a preceeding message with 'tool_calls'.",
+            "Invalid parameter: messages with role 'tool' must be a response to a preceeding message with "
+            "'tool_calls'.",
             param=f"messages[{at}].role",
         )
     waiting.remove(message.tool_call_id)

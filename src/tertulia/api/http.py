@@ -1,5 +1,5 @@
-"""HTTP/1.1 on the hot paths, inside uvicorn's protocol: bytes in, a Call; a Reply, bytes out. No ASGI cycle is built for
-a hot path; every other path is uvicorn's own business, and so are keep-alive, upgrades and shutdown.
+"""HTTP/1.1 on the hot paths, inside uvicorn's protocol: bytes in, a Call; a Reply, bytes out. No ASGI cycle is built
+for a hot path; every other path is uvicorn's own business, and so are keep-alive, upgrades and shutdown.
 
 It knows the paths that are hot and the edge's rules; it knows nothing of what a body says.
 """

@@ -29,6 +29,10 @@ class Receiver(Protocol):
     def broken(self, error: TertuliaError) -> None: ...
 
 
+class Stale(EngineFailed):
+    """A kept-alive connection was closed by the other side just as it was used: nothing of an answer had come."""
+
+
 class Connection(asyncio.Protocol):
     """One socket to an engine; one request at a time. cancel() closes it, which is how an engine learns to stop."""
 
@@ -89,17 +93,20 @@ class Connection(asyncio.Protocol):
         if self._answered and self._parser is not None and self._until_close():
             self._finish()
             return
-        self._break("The engine closed the connection before its answer was complete.")
+        stale = self.used and not self._size
+        self._break(
+            "The engine closed the connection before its answer was complete.", Stale if stale else EngineFailed
+        )
 
     def _until_close(self) -> bool:
         return not any(name in (b"content-length", b"transfer-encoding") for name, _ in self._headers)
 
-    def _break(self, why: str) -> None:
+    def _break(self, why: str, kind: type[EngineFailed] = EngineFailed) -> None:
         receiver, self._receiver = self._receiver, None
         if self.transport is not None:
             self.transport.abort()
         if receiver is not None:
-            receiver.broken(EngineFailed(why))
+            receiver.broken(kind(why))
 
     def _finish(self) -> None:
         receiver, self._receiver, self._parser = self._receiver, None, None
@@ -196,6 +203,12 @@ class Pool:
         self, method: str, path: str, headers: bytes = b"", body: bytes = b"", timeout: float = 30.0
     ) -> tuple[int, bytes]:
         """The whole answer at once, for small requests: (status, body). Raises EngineFailed."""
+        try:
+            return await self._fetch(method, path, headers, body, timeout)
+        except Stale:  # as if it had never been sent
+            return await self._fetch(method, path, headers, body, timeout)
+
+    async def _fetch(self, method: str, path: str, headers: bytes, body: bytes, timeout: float) -> tuple[int, bytes]:
         waiter = _Whole(asyncio.get_running_loop().create_future())
         connection = await self.send(method.encode(), path.encode(), headers, body, waiter)
         try:

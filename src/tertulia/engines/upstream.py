@@ -6,13 +6,14 @@ Its key is sent to its own address alone; redirects are not followed.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from ..core import FINISHED, Call, ModelCard, Reply
 from ..errors import EngineFailed, TertuliaError
-from .connection import Connection, Pool
+from .connection import Connection, Pool, Stale
 
 ANSWER_LIMIT = 64 * 2**20  # bytes of an answer that is not a stream
 EVENT_LIMIT = 4 * 2**20  # bytes of one server-sent event
@@ -51,10 +52,13 @@ class Upstream:
         organization: str | None = None,
         project: str | None = None,
         connect_timeout: float = 5.0,
+        timeout: float = 600.0,
     ) -> None:
+        """timeout: seconds without a byte of the answer after which a call is given up."""
         self.name = name
         self.pool = Pool(base_url, connect_timeout=connect_timeout)
         self._models = dict(models)
+        self._timeout = timeout
         head = [("content-type", "application/json"), ("user-agent", "tertulia")]
         for header, value in (
             ("authorization", f"Bearer {key}" if key else None),
@@ -85,37 +89,62 @@ class Upstream:
             fields = _fields.decode(body)
             fields["model"] = msgspec.Raw(_encode(theirs))
             body = _encode(fields)
-        passing = _Passing(call.reply, call.stream)
-        connection = self.pool.take() or await self.pool.connect()
-        if call.reply.closed:  # the client left while we connected
-            self.pool.give_back(connection)
-            return
-        passing.connection = connection
-        call.reply.source = connection
+        request = self.pool.request(b"POST", _PATHS[call.task.name], self._headers, body)
+        passing = _Passing(self.pool, request, call.reply, call.stream, self._timeout)
         call.reply.on_close(passing.stop)
-        connection.send(self.pool.request(b"POST", _PATHS[call.task.name], self._headers, body), passing)
+        await passing.ask()
 
 
 class _Passing:
     """Receives the upstream's answer and pushes it: a stream in whole events, anything else as one piece."""
 
-    __slots__ = ("connection", "done", "reply", "rest", "retry", "size", "status", "stream")
+    __slots__ = (
+        "again", "connection", "done", "heard", "now", "pool", "reply", "request", "rest", "retry", "size", "status",
+        "stream", "timeout", "timer",
+    )  # fmt: skip
 
-    def __init__(self, reply: Reply, stream: bool) -> None:
-        self.reply, self.stream = reply, stream
+    def __init__(self, pool: Pool, request: bytes, reply: Reply, stream: bool, timeout: float) -> None:
+        self.pool, self.request, self.reply, self.stream, self.timeout = pool, request, reply, stream, timeout
         self.status = 0
         self.rest: list[bytes] = []  # bytes after the last whole event, or the pieces of an answer so far
         self.size = 0
         self.connection: Connection | None = None
         self.retry: tuple[tuple[str, str], ...] = ()
         self.done = False  # the upstream has said all it will say
+        loop = asyncio.get_running_loop()
+        self.now = loop.time
+        self.heard = self.now()
+        self.timer = loop.call_at(self.heard + timeout, self.check_silence)
+
+    async def ask(self, fresh: bool = False) -> None:
+        """Sends the request, on a connection that is there unless fresh."""
+        connection = (None if fresh else self.pool.take()) or await self.pool.connect()
+        if self.reply.closed:  # the client left while we connected
+            self.pool.give_back(connection)
+            return
+        self.reply.source = self.connection = connection
+        connection.send(self.request, self)
+        if self.reply.paused:
+            connection.pause_reading()
 
     def stop(self, outcome: str) -> None:
+        self.timer.cancel()
         if not self.done and self.connection is not None:
             self.connection.cancel()
 
+    def check_silence(self) -> None:
+        """Gives up when nothing has come for too long; a client that reads slowly is not the upstream's silence."""
+        loop = asyncio.get_running_loop()
+        if self.reply.paused:
+            self.heard = loop.time()
+        if loop.time() - self.heard < self.timeout:
+            self.timer = loop.call_at(self.heard + self.timeout, self.check_silence)
+            return
+        self._give_up(EngineFailed(f"The upstream said nothing for {self.timeout:g} seconds."))
+
     def head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
+        self.heard = self.now()
         if status == 200:
             if self.stream:
                 self.stream = any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in headers)
@@ -127,6 +156,7 @@ class _Passing:
         self.retry = tuple((n.decode("latin-1"), v.decode("latin-1")) for n, v in headers if n in wanted)
 
     def piece(self, data: bytes) -> None:
+        self.heard = self.now()
         if self.stream:
             if self.rest or not data.endswith(b"\n\n"):
                 data = self._whole(data)
@@ -185,5 +215,15 @@ class _Passing:
         return UpstreamRefused(self.status, body, self.retry)
 
     def broken(self, error: TertuliaError) -> None:
+        if isinstance(error, Stale) and not self.reply.closed:
+            self.again = asyncio.get_running_loop().create_task(self._ask_again())
+            return
         self.done = True
         self.reply.fail(error)
+
+    async def _ask_again(self) -> None:
+        """On a new connection, once: only one that had carried a request before can be stale."""
+        try:
+            await self.ask(fresh=True)
+        except TertuliaError as error:
+            self.reply.fail(error)

@@ -47,7 +47,7 @@ class Names:
         defaults: Mapping[str, str],
         strict: bool = False,
     ) -> None:
-        """defaults: {"chat": NAME, "embedding": NAME}. Raises SettingsError for an alias or preset that leads nowhere."""
+        """defaults: {"chat": NAME, "embedding": NAME}. Raises SettingsError for a name that leads nowhere."""
         self._engines = list(engines)
         self._presets = dict(presets)
         patterns = [] if strict else [(name, defaults.get(kind, "")) for name, kind in OPENAI_NAMES]

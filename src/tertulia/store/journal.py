@@ -23,7 +23,7 @@ class Journal:
         self._flusher.start()
 
     def append(self, line: bytes) -> None:
-        """line without its line break. Raises OSError when the disk does not take it, and then nothing of it is there."""
+        """line without its line break. Raises OSError when the disk does not take it; then nothing of it stays."""
         data = line + b"\n"
         written = os.write(self._file, data)
         if written < len(data):

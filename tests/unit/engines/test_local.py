@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import math
-import os
 import struct
 import time
 from collections.abc import Awaitable, Iterator
@@ -21,6 +20,7 @@ from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from conftest import CHAT_MODEL, EMBEDDING_MODEL
 from tertulia.api import chat, completions, embeddings
 from tertulia.config import Settings
 from tertulia.core import CLIENT_LEFT, FAILED, FINISHED, NOBODY, Call, ModelCard, Reply, Target
@@ -96,11 +96,8 @@ def events(body: bytes) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    shelf = Path(os.environ.get("TERTULIA_TEST_MODELS", ""))
-    if not shelf.is_dir() or not list(shelf.rglob("*.gguf")):
-        shelf = request.getfixturevalue("models")
-    files = {"talker": next(shelf.rglob("*[sS]mol*.gguf")), "embedder": next(shelf.rglob("*[mM]ini*.gguf"))}
+def bench(model_files: Path) -> Iterator[Bench]:
+    files = {"talker": model_files / f"{CHAT_MODEL}.gguf", "embedder": model_files / f"{EMBEDDING_MODEL}.gguf"}
     made = Bench(files)
     yield made
     made.run(made.local.close())

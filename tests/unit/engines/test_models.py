@@ -262,8 +262,8 @@ def test_a_failed_pull_leaves_a_whole_line(tmp_path: Path) -> None:
 # ---- the real one ---------------------------------------------------------------------------------------------------
 
 
-def test_the_default_models_are_what_the_catalogue_says(models: Path) -> None:
-    shelf = Shelf(models)
+def test_the_default_models_are_what_the_catalogue_says(model_files: Path) -> None:
+    shelf = Shelf(model_files)
     for id, known in CATALOG.items():
         path = shelf.path(id)
         assert path is not None and hashlib.sha256(path.read_bytes()).hexdigest() == known.card.sha256
