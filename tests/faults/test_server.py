@@ -48,8 +48,15 @@ def works(served: Served, model: str = "mock") -> bool:
 
 
 def children(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
-    return [int(child) for child in found]
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            number, _, rest = stat.read_text().partition(" ")
+        except OSError:
+            continue  # it has just gone
+        if int(rest.rsplit(")", 1)[1].split()[1]) == pid:
+            found.append(int(number))
+    return found
 
 
 def alive(pid: int) -> bool:
