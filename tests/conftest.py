@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -46,6 +47,8 @@ def _is_loopback(host: str) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     _refuse_other_addresses()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the tests of crowds open thousands of sockets
     for name in list(os.environ):  # the developer's own settings must not change what tests see
         if name.startswith(("TERTULIA_", "OPENAI_")) and not name.startswith("TERTULIA_TEST_"):
             del os.environ[name]

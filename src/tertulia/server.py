@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -22,7 +23,7 @@ import uvloop
 from msgspec.structs import replace
 
 from .accounts import client_env
-from .accounts.directory import Directory
+from .accounts.directory import Directory, checked
 from .accounts.ledger import Ledger
 from .accounts.prices import NANO, Prices
 from .api import app, chat, completions, embeddings, models
@@ -44,6 +45,7 @@ from .gateway.route import route
 from .store.database import open_database
 
 log = logging.getLogger("tertulia")
+SPARE_FILES = 256  # open files that are no client's: engines, database, logs
 GRACE_SECONDS = 10.0  # what answers under way are given to finish when the server stops
 
 
@@ -57,8 +59,8 @@ class Server:
         self.database = open_database(self.data, settings.database)
         self.directory = Directory(self.database, self.data)
         self.first_keys = self.directory.first_start(settings.api_key, settings.admin_key)
-        if self.first_keys is None and settings.api_key:
-            ensure_key(self.directory, settings.api_key)
+        if self.first_keys is None:
+            ensure_keys(self.directory, settings)
         self.engines: list[Engine] = []
         self.names: Names
         self.port = settings.port
@@ -107,7 +109,7 @@ class Server:
         front = Front(
             {task.path.encode(): task for task in tasks}, pipeline, self.directory,
             max_body=settings.max_body * 2**20, read_timeout=settings.read_timeout, keep_alive=settings.keep_alive,
-            max_connections=settings.max_connections,
+            max_connections=raise_file_limit(settings.max_connections),
         )  # fmt: skip
         return front, app.build(tasks, models.routes(self.names), self.directory, self.states, self.meter.exposition)
 
@@ -314,13 +316,38 @@ def prepare_data(data: Path) -> Path:
     return data
 
 
-def ensure_key(directory: Directory, key: str) -> None:
-    """TERTULIA_API_KEY on a directory that exists already: the key is added to its default project if it is new."""
-    try:
-        directory.authenticate(key.encode())
-    except Unauthorized:
-        organization, project = directory.home()
-        directory.add_key(key, "project", organization, project, "From the settings")
+def ensure_keys(directory: Directory, settings: Settings) -> None:
+    """TERTULIA_API_KEY and TERTULIA_ADMIN_KEY on a directory that exists already: a key that is new is added to its
+    organization and default project. Raises SettingsError if one is a key of the other kind."""
+    for kind, key in (("project", settings.api_key), ("admin", settings.admin_key)):
+        if checked(key, "admin_key" if kind == "admin" else "api_key") is None:
+            continue
+        assert key is not None
+        try:
+            found = directory.authenticate(key.encode())
+        except Unauthorized:
+            organization, project = directory.home()
+            directory.add_key(key, kind, organization, project if kind == "project" else None, "From the settings")
+        else:
+            if found.kind != kind:
+                raise SettingsError(f"{'admin' if kind == 'admin' else 'api'}_key: this key is of the other kind.")
+
+
+def raise_file_limit(connections: int) -> int:
+    """Raises this process' limit of open files as far as it may, and returns how many connections fit under it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * connections + SPARE_FILES  # a call to an upstream holds a second socket
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    fitting = connections if soft == resource.RLIM_INFINITY else max(1, min(connections, (soft - SPARE_FILES) // 2))
+    if fitting < connections:
+        log.warning(
+            "the limit of open files allows %d connections instead of %d (max_connections)", fitting, connections
+        )
+    return fitting
 
 
 def listen(host: str, port: int) -> socket.socket:

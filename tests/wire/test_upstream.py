@@ -1,4 +1,4 @@
-"""An upstream behind the gateway, over real sockets: bytes pass untouched, under every split, and faults have outcomes."""
+"""An upstream behind the gateway, over real sockets: bytes pass untouched under every split, faults have outcomes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from conftest import Served, serve
 
 Script = Callable[[socket.socket, bytes], None]
@@ -133,7 +134,11 @@ def test_only_the_model_name_is_rewritten(gateway: Served, far: Upstream) -> Non
     sent = far.requests[-1].partition(b"\r\n\r\n")[2]
     assert sent == json.dumps({**BODY, "model": "same-model", "odd": [1, 2.50, "ü"]}).encode()
     ask(gateway, odd=[1, 2.50, "ü"])
-    assert json.loads(far.requests[-1].partition(b"\r\n\r\n")[2]) == {**BODY, "model": "their-model", "odd": [1, 2.5, "ü"]}
+    assert json.loads(far.requests[-1].partition(b"\r\n\r\n")[2]) == {
+        **BODY,
+        "model": "their-model",
+        "odd": [1, 2.5, "ü"],
+    }
     assert b'"odd":[1, 2.5, "\\u00fc"]' in far.requests[-1]  # the other fields keep their bytes
 
 

@@ -84,8 +84,8 @@ class Directory:
         a start that fails or is killed here leaves the directory empty.
         """
         keys = (
-            _given(api_key, "api_key") or f"sk-proj-{secrets.token_urlsafe(32)}",
-            _given(admin_key, "admin_key") or f"sk-admin-{secrets.token_urlsafe(32)}",
+            checked(api_key, "api_key") or f"sk-proj-{secrets.token_urlsafe(32)}",
+            checked(admin_key, "admin_key") or f"sk-admin-{secrets.token_urlsafe(32)}",
         )
         if keys[0] == keys[1]:
             raise SettingsError("api_key and admin_key must differ.")
@@ -144,7 +144,8 @@ def mask(key: str) -> str:
     return key[:8] + "*" * min(len(key) - 12, 32) + key[-4:]
 
 
-def _given(key: str | None, name: str) -> str | None:
+def checked(key: str | None, name: str) -> str | None:
+    """The key, if it is strong enough to be one. Raises SettingsError that names the setting."""
     if key is None:
         return None
     if len(key) < 16 or any(c.isspace() or not c.isprintable() for c in key):

@@ -65,6 +65,7 @@ class Message(msgspec.Struct):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     function_call: ToolCallFunction | None = None
+    refusal: str | None = None
 
 
 class Function(msgspec.Struct):
@@ -192,7 +193,7 @@ def _check_messages(messages: list[Message]) -> None:
             if message.tool_calls:
                 _check_calls(message.tool_calls, at)
                 waiting, caller = [call.id for call in message.tool_calls], at
-            elif message.content is None and message.function_call is None:
+            elif message.content is None and message.function_call is None and message.refusal is None:
                 raise _no_content(at)
         elif message.content is None and message.role != "function":
             raise _no_content(at)

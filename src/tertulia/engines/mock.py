@@ -659,6 +659,12 @@ def _refuse_unable(call: Call) -> None:
                 param=name,
                 code="unsupported_parameter",
             )
+    if getattr(call.asked, "store", None):
+        raise BadRequest(
+            "Unsupported parameter: 'store' is not supported with this model.",
+            param="store",
+            code="unsupported_parameter",
+        )
     if "audio" in (getattr(call.asked, "modalities", None) or ()):
         raise BadRequest(
             "Unsupported value: 'modalities' does not support 'audio' with this model.",

@@ -31,7 +31,7 @@ from typing import Any
 import msgspec
 
 from ..errors import BadRequest, EngineFailed
-from .schemas import check_name, compile_problem, format_rule, function_rule, missing
+from .schemas import MAX_BYTES, check_name, compile_problem, format_rule, function_rule, missing
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MAX_TOOLS = 128
@@ -134,6 +134,7 @@ def plan(
             if value not in (None, "none") and not (param == "tool_choice" and value == "auto"):
                 raise _bad(param, f"'{param}' is only allowed when '{of}' are specified.")
         return _assemble((), (), True, False, False, False, answer)
+    _refuse_too_much(functions if legacy else tools, "functions" if legacy else "tools")
     read = _read_functions(functions) if legacy else _read_tools(tools)
     mode, some = _legacy_choice(function_call, read) if legacy else _choice(tool_choice, read)
     named = isinstance(tool_choice, dict) and tool_choice.get("type") in ("function", "custom")
@@ -156,6 +157,13 @@ def _assemble(
         return Plan(tools, None, grammar, True, False, legacy, False, answer)
     grammar = call_grammar(some, text, several, answer)
     return Plan(some, describe(some, text), grammar, text, True, legacy, several, answer)
+
+
+def _refuse_too_much(tools: Any, param: str) -> None:
+    """What all schemas of a request hold together is bounded, since they are compiled before anything else happens."""
+    size = len(msgspec.json.encode(tools))
+    if size > MAX_BYTES:
+        raise _bad(param, f"Invalid '{param}': too large. They hold {size} bytes together; {MAX_BYTES} are accepted.")
 
 
 def _bad(param: str, message: str, code: str = "invalid_value") -> BadRequest:

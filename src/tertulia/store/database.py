@@ -5,6 +5,7 @@ No request waits for it: what the hot path needs is read into memory at start an
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from sqlalchemy import BigInteger, Column, Engine, Integer, LargeBinary, MetaData, String, Table, create_engine, event
@@ -50,7 +51,9 @@ versions = Table("schema_version", metadata, Column("version", Integer, primary_
 def open_database(data: Path, url: str | None = None) -> Engine:
     """Opens the database and makes its tables if it is new. Raises SettingsError if it cannot be used."""
     if url is None:
-        url = f"sqlite:///{data / 'tertulia.db'}"
+        file = data / "tertulia.db"
+        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # readable by its owner only, and so its -wal and -shm
+        url = f"sqlite:///{file}"
     engine = create_engine(url)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)

@@ -5,9 +5,12 @@ disk at the latest `flush_seconds` later. It knows nothing of what the lines say
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 from pathlib import Path
+
+log = logging.getLogger("tertulia.store")
 
 
 class Journal:
@@ -48,7 +51,11 @@ class Journal:
         while not self._stop.wait(seconds):
             if self._dirty:
                 self._dirty = False
-                os.fsync(self._file)
+                try:
+                    os.fsync(self._file)
+                except OSError as error:
+                    self._dirty = True
+                    log.error("the journal %s cannot be flushed: %s", self.path.name, error.strerror)
 
     def close(self) -> None:
         if self._stop.is_set():

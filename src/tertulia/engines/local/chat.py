@@ -16,7 +16,7 @@ from ...errors import ContextLengthExceeded
 from ..toolcalls import CallReader, Choice, Plan, call_id, flatten, plan
 from .exchange import Body, Child, Events, Exchange, Request
 from .messages import has_custom_calls, joined, native, refuse_parts
-from .request import Extras, check_bias, extras, sampling, seed, unsupported, unsupported_value
+from .request import Extras, check_bias, extras, refuse_unknown_fields, sampling, seed, unsupported, unsupported_value
 from .room import need
 from .shapes import ChatStream, ChatWhole, ContentLogprob, Stamp, encode
 
@@ -131,7 +131,10 @@ def refuse(asked: Any, raw: dict[str, Any]) -> Extras:
         raise unsupported_value("verbosity", asked.verbosity, "'medium'")
     if asked.store:
         raise unsupported("store", "Chat completions are not stored.")
+    if asked.stop and asked.response_format is not None and asked.response_format.type != "text":
+        raise unsupported("stop", "A stop sequence would cut the JSON that 'response_format' promises.")
     refuse_parts(asked.messages)
+    refuse_unknown_fields(raw)
     return extras(raw, ACCEPTED.union(asked.__struct_fields__, ("moderation",)))
 
 

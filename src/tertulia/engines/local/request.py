@@ -65,6 +65,44 @@ def extras(raw: Mapping[str, Any], known: Iterable[str]) -> Extras:
         raise BadRequest(f"Invalid value for '{name}': {what}.", param=name, code="invalid_value") from None
 
 
+# The fields that the parts of a chat request may have; annotations and refusal come back from earlier answers.
+_FIELDS: dict[str, frozenset[str]] = {
+    "messages": frozenset(
+        [
+            "role",
+            "content",
+            "name",
+            "tool_calls",
+            "tool_call_id",
+            "function_call",
+            "refusal",
+            "annotations",
+            "audio",
+            "reasoning_content",
+        ]
+    ),
+    "tools": frozenset(("type", "function", "custom")),
+    "functions": frozenset(("name", "description", "parameters")),
+    "stream_options": frozenset(("include_usage", "include_obfuscation")),
+    "response_format": frozenset(("type", "json_schema")),
+}
+
+
+def refuse_unknown_fields(raw: Mapping[str, Any]) -> None:
+    """Raises BadRequest for a field inside a parameter that nobody would look at; null is as good as absent."""
+    for name, known in _FIELDS.items():
+        value = raw.get(name)
+        for at, part in enumerate(value) if isinstance(value, list) else ((None, value),):
+            if not isinstance(part, Mapping):
+                continue
+            for field, given in part.items():
+                if field not in known and given is not None:
+                    where = f"{name}.{field}"[:200] if at is None else f"{name}[{at}].{field}"[:200]
+                    raise BadRequest(f"Unknown parameter: '{where}'.", param=where, code="unknown_parameter")
+            if name == "messages" and part.get("audio") is not None:
+                raise unsupported(f"messages[{at}].audio")
+
+
 def unsupported(name: str, why: str = "") -> BadRequest:
     """The parameter cannot be honoured by a local model."""
     return BadRequest(
