@@ -18,7 +18,13 @@ from ..errors import BadRequest, ModelNotFound, SettingsError
 
 CHAT, EMBEDDING = "chat", "embedding"
 # OpenAI's names, current, legacy and retired, and which of the defaults stands in for them.
+# What speaks, hears or draws is nobody's: text models do not stand in for it.
 OPENAI_NAMES: tuple[tuple[str, str], ...] = (
+    ("*-image*", ""),
+    ("*-audio*", ""),
+    ("*-realtime*", ""),
+    ("*-transcribe*", ""),
+    ("*-tts*", ""),
     ("gpt-*", CHAT),
     ("chatgpt-*", CHAT),
     ("o[0-9]*", CHAT),
@@ -110,8 +116,8 @@ class Names:
         if model in self._exact:
             return self._find(self._exact[model], depth + 1)
         for pattern, name in self._patterns:
-            if name and name != model and fnmatchcase(model, pattern):
-                return self._find(name, depth + 1)
+            if name != model and fnmatchcase(model, pattern):
+                return self._find(name, depth + 1) if name else None
         return None
 
     def listed(self) -> list[ModelCard]:
