@@ -88,7 +88,7 @@ def refusals(client: openai.OpenAI, options: argparse.Namespace) -> int:
         try:
             ask(client, options, "format", schema, 1)
         except (openai.BadRequestError, BadRequest) as error:
-            if error.param == "response_format":
+            if (error.param or "").startswith("response_format"):
                 continue
         wrong += 1
         print("not refused:", json.dumps(schema)[:200])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from conftest import Served
+from conftest import Served, serve
 
 CHAT = {"model": "mock", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "mock", "prompt": "hi"}
@@ -39,8 +42,11 @@ def send(server: Served, method: str, path: str, body: bytes | None = None, **he
         return Answer(error.code, error.headers, error.read())
 
 
-def check(answer: Answer, status: int, code: str | None, param: str | None = None, message: str = "") -> None:
-    """The one canonical body, whatever went wrong."""
+def check(
+    answer: Answer, status: int, code: str | None, param: str | None = None, message: str = "",
+    type: str = "invalid_request_error",
+) -> None:  # fmt: skip
+    """The one canonical body, whatever went wrong, and the header that tells the SDK whether to try again."""
     assert answer.status == status, answer.body
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["x-request-id"].startswith("req_")
@@ -51,7 +57,13 @@ def check(answer: Answer, status: int, code: str | None, param: str | None = Non
     assert set(decoded) == {"error"} and set(decoded["error"]) == {"message", "type", "param", "code"}
     assert decoded["error"]["code"] == code and decoded["error"]["param"] == param
     assert message in decoded["error"]["message"] and decoded["error"]["message"]
-    assert decoded["error"]["type"] == "invalid_request_error"
+    assert decoded["error"]["type"] == type
+    if answer.headers["x-should-retry"] != "true":  # no word of when, where another try would be vain
+        assert answer.headers["retry-after"] is None and answer.headers["retry-after-ms"] is None
+
+
+def post(server: Served, path: str, **body: Any) -> Answer:
+    return send(server, "POST", path, json.dumps(body).encode())
 
 
 ROUTES = [
@@ -158,8 +170,191 @@ def test_a_body_that_is_compressed(mock_server: Served, path: str) -> None:
 @pytest.mark.parametrize("path", POSTS)
 def test_deeply_nested_json(mock_server: Served, path: str) -> None:
     answer = send(mock_server, "POST", path, b'{"model":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
-    assert answer.status == 400
-    assert json.loads(answer.body)["error"]["type"] == "invalid_request_error"
+    check(answer, 400, None, message="We could not parse the JSON body")
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_a_body_that_is_too_large(mock_server: Served, path: str) -> None:
+    connection = http.client.HTTPConnection(mock_server.root.removeprefix("http://"), timeout=30)
+    connection.putrequest("POST", "/v1" + path)
+    connection.putheader("Authorization", f"Bearer {mock_server.api_key}")
+    connection.putheader("Content-Length", str(32 * 2**20 + 1))
+    connection.endheaders()
+    answer = connection.getresponse()
+    check(Answer(answer.status, answer.headers, answer.read()), 413, None, message="at most 32 MB")
+    assert answer.headers["connection"] == "close"
+    connection.close()
+
+
+# ---- what a local model cannot do: the real ones, refused before anything is computed
+
+LOCAL_CHAT = {**CHAT, "model": "gpt-4o-mini"}
+LOCAL_COMPLETION = {"model": "gpt-3.5-turbo-instruct", "prompt": "hi"}
+LOCAL_EMBEDDING = {"model": "text-embedding-3-small", "input": "hi"}
+WORDS = "word " * 12_000
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/chat/completions", {**LOCAL_CHAT, "messages": [{"role": "user", "content": WORDS}]}, "messages"),
+        ("/chat/completions", {**LOCAL_CHAT, "max_tokens": 1_000_000}, "messages"),
+        ("/completions", {**LOCAL_COMPLETION, "prompt": WORDS}, "prompt"),
+        ("/completions", {**LOCAL_COMPLETION, "max_tokens": 1_000_000}, "prompt"),
+        ("/completions", {**LOCAL_COMPLETION, "prompt": ["hi", [9906] * 12_000]}, "prompt"),
+    ],
+    ids=["long chat", "long chat answer", "long prompt", "long completion", "many token ids"],
+)
+def test_more_than_the_context_holds(server: Served, path: str, body: dict[str, Any], param: str, stream: bool) -> None:
+    answer = post(server, path, **body, stream=stream)
+    check(answer, 400, "context_length_exceeded", param, "This model's maximum context length is ")
+
+
+@pytest.mark.parametrize("given", [WORDS, ["hi", WORDS]], ids=["one", "one of two"])
+def test_an_input_longer_than_the_context(server: Served, given: Any) -> None:
+    answer = post(server, "/embeddings", **{**LOCAL_EMBEDDING, "input": given})
+    check(answer, 400, "context_length_exceeded", "input", "This model's maximum context length is ")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"reasoning_effort": "high"},
+        {"audio": {"voice": "alloy", "format": "wav"}},
+        {"web_search_options": {}},
+        {"store": True},
+    ],
+    ids=lambda extra: next(iter(extra)),
+)
+def test_a_parameter_the_model_cannot_honour(server: Served, extra: dict[str, Any], stream: bool) -> None:
+    [name] = extra
+    answer = post(server, "/chat/completions", **LOCAL_CHAT, **extra, stream=stream)
+    check(answer, 400, "unsupported_parameter", name, f"Unsupported parameter: '{name}' is not supported with this")
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}, "Images"),
+        ({"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}}, "Audio"),
+        ({"type": "file", "file": {"file_id": "file-1"}}, "Files"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_part_the_model_cannot_read(server: Served, part: dict[str, Any], what: str, at: int) -> None:
+    content = [{"type": "text", "text": "What is this?"}]
+    content.insert(at, part)
+    answer = post(server, "/chat/completions", **{**LOCAL_CHAT, "messages": [{"role": "user", "content": content}]})
+    check(answer, 400, "unsupported_value", f"messages[0].content[{at}]", what)
+
+
+UNENFORCEABLE = {"type": "object", "properties": {"a": {"type": "integer", "not": {"const": 3}}}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_cannot_be_enforced(server: Served, stream: bool) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": UNENFORCEABLE}}
+    answer = post(server, "/chat/completions", **LOCAL_CHAT, response_format=form, stream=stream)
+    check(answer, 400, None, "response_format", "Invalid schema for response_format 'answer': ")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_parameters_that_cannot_be_enforced(server: Served, stream: bool) -> None:
+    fine = {"type": "function", "function": {"name": "fine"}}
+    bad = {"name": "bad", "parameters": UNENFORCEABLE}
+    tools = [fine, {"type": "function", "function": bad}]
+    answer = post(server, "/chat/completions", **LOCAL_CHAT, tools=tools, stream=stream)
+    said, code = "Invalid schema for function 'bad': ", "invalid_function_parameters"
+    check(answer, 400, code, "tools[1].function.parameters", said)
+    answer = post(server, "/chat/completions", **LOCAL_CHAT, functions=[bad], stream=stream)
+    check(answer, 400, code, "functions[0].parameters", said)
+
+
+# ---- limits and engines that break
+
+
+@pytest.fixture(scope="module")
+def poor_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A token costs a tenth of a cent here, and a cent may be spent."""
+    served = serve(
+        tmp_path_factory.mktemp("poor"),
+        "spend_limit = 0.01\n[prices.mock]\noutput = 1000\n[prices.mock-embedding]\ninput = 1000\n",
+        "--chat-model", "mock", "--embedding-model", "mock-embedding",
+    )  # fmt: skip
+    yield served
+    served.stop()
+
+
+def check_no_quota(answer: Answer) -> None:
+    said = "You exceeded your current quota, please check your plan and billing details."
+    check(answer, 429, "insufficient_quota", None, said, "insufficient_quota")
+    assert answer.headers["x-should-retry"] == "false" and answer.headers["retry-after"] is None
+
+
+def test_no_money_left(poor_server: Served) -> None:
+    check_no_quota(post(poor_server, "/chat/completions", **CHAT))  # of up to 1,024 tokens
+    check_no_quota(post(poor_server, "/chat/completions", **CHAT, stream=True))
+    check_no_quota(post(poor_server, "/completions", **COMPLETION, max_tokens=11))
+    check_no_quota(post(poor_server, "/embeddings", **{**EMBEDDING, "input": "a long text " * 10}))
+    for _ in range(6):  # a token each, five reserved: what was not used is given back
+        assert post(poor_server, "/chat/completions", **CHAT, max_tokens=5).status == 200
+    check_no_quota(post(poor_server, "/chat/completions", **CHAT, max_tokens=5))
+    with pytest.raises(openai.RateLimitError) as poor:  # and the SDK does not try again
+        poor_server.client(max_retries=3).chat.completions.create(**CHAT)
+    assert poor.value.code == "insufficient_quota" == poor.value.type
+
+
+@pytest.fixture(scope="module")
+def busy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = serve(
+        tmp_path_factory.mktemp("busy"), "requests_per_minute = 2\ntokens_per_minute = 5000\n",
+        "--chat-model", "mock", "--embedding-model", "mock-embedding",
+    )  # fmt: skip
+    yield served
+    served.stop()
+
+
+def test_rate_limits_in_one_body(busy_server: Served) -> None:
+    vain = post(busy_server, "/chat/completions", **CHAT, max_tokens=6000)
+    check(vain, 429, "rate_limit_exceeded", None, "Request too large for mock", "tokens")
+    assert vain.headers["x-should-retry"] == "false"
+    for _ in range(2):
+        assert post(busy_server, "/embeddings", **EMBEDDING).status == 200
+    for path, body in POSTS.items():
+        answer = post(busy_server, path, **body)
+        check(answer, 429, "rate_limit_exceeded", None, f"Rate limit reached for {body['model']}", "requests")
+        assert answer.headers["x-should-retry"] == "true"
+        assert 1 <= int(answer.headers["retry-after"]) <= 30 and 0 < int(answer.headers["retry-after-ms"]) <= 30_000
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize(
+    ("status", "code", "type", "retry"),
+    [
+        (413, None, "invalid_request_error", "false"),
+        (429, "rate_limit_exceeded", "requests", "true"),
+        (500, None, "server_error", None),
+        (502, "engine_failed", "server_error", "true"),
+        (503, "server_is_overloaded", "service_unavailable_error", "true"),
+        (504, "deadline_exceeded", "server_error", None),
+    ],
+)
+def test_an_engine_that_breaks(
+    mock_server: Served, path: str, status: int, code: str | None, type: str, retry: str | None
+) -> None:
+    for stream in [{}] if path == "/embeddings" else [{}, {"stream": True}]:
+        answer = post(mock_server, path, **POSTS[path], **stream, mock={"error": {"status": status}})
+        check(answer, status, code, type=type)
+        assert answer.headers["x-should-retry"] == retry
+
+
+def test_an_engine_that_says_when_to_come_back(mock_server: Served) -> None:
+    answer = post(mock_server, "/chat/completions", **CHAT, mock={"error": {"status": 503, "retry_after": 1.5}})
+    check(answer, 503, "server_is_overloaded", type="service_unavailable_error")
+    assert (answer.headers["retry-after"], answer.headers["retry-after-ms"]) == ("2", "1500")
 
 
 def test_the_sdk_raises_the_right_class(mock_server: Served) -> None:
@@ -211,9 +406,7 @@ def test_success_carries_the_headers_too(mock_server: Served) -> None:
     assert raw.parse()._request_id == raw.headers["x-request-id"]
 
 
-def test_rate_limits_hold_and_say_when_to_come_back(tmp_path: Any) -> None:
-    from conftest import serve
-
+def test_rate_limits_hold_and_say_when_to_come_back(tmp_path: Path) -> None:
     served = serve(tmp_path, "requests_per_minute = 2\n", "--chat-model", "mock", "--embedding-model", "mock-embedding")
     try:
         client = served.client()
