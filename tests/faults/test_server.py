@@ -5,6 +5,7 @@ the next request works. Real processes, real sockets, real signals.
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,9 +44,18 @@ def local(model_files: Path, tmp_path: Path) -> Iterator[Served]:
     served.stop()
 
 
-def works(served: Served, model: str = "mock") -> bool:
-    answer = served.client().chat.completions.create(model=model, messages=HELLO, max_tokens=4)
+def works(served: Served, model: str = "mock", retries: int = 0) -> bool:
+    """Whether a call is answered; with retries, as the SDK makes them on a 5xx that allows it."""
+    client = served.client(max_retries=retries)
+    answer = client.chat.completions.create(model=model, messages=HELLO, max_tokens=4)
     return bool(answer.choices[0].message.content)
+
+
+def long_story(client: Any, **parameters: Any) -> Any:
+    """An answer that takes the engine long: it goes on past its end."""
+    return client.chat.completions.create(
+        model="gpt-4o-mini", messages=HELLO, max_tokens=4000, extra_body={"ignore_eos": True}, **parameters
+    )
 
 
 def children(pid: int) -> list[int]:
@@ -73,6 +84,23 @@ def until(what: Any, seconds: float) -> bool:
             return True
         time.sleep(0.02)
     return bool(what())
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def resident_mb(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def ready(served: Served) -> bool:
+    """Whether the default models are loaded."""
+    try:
+        return bool(urllib.request.urlopen(f"{served.root}/readyz", timeout=10).status == 200)
+    except urllib.error.HTTPError:
+        return False
 
 
 def metrics(served: Served) -> str:
@@ -111,8 +139,7 @@ def request(served: Served, body: bytes, extra: bytes = b"", path: bytes = b"/v1
 
 
 def test_engine_child_killed_mid_stream(local: Served) -> None:
-    client = local.client()
-    stream = client.chat.completions.create(model="gpt-4o-mini", messages=HELLO, max_tokens=2000, stream=True)
+    stream = long_story(local.client(), stream=True)
     next(stream)
     next(stream)
     running = children(local.process.pid)
@@ -124,37 +151,40 @@ def test_engine_child_killed_mid_stream(local: Served) -> None:
             pass
     assert broken.value.code == "engine_failed"
     assert until(lambda: not any(alive(child) for child in running), 5)
-    assert works(local.client().with_options(max_retries=4) and local, "gpt-4o-mini")
+    assert works(local, "gpt-4o-mini", retries=4)
 
 
 def test_engine_child_killed_before_a_whole_answer(local: Served) -> None:
+    assert until(lambda: ready(local), 60)
+    running = children(local.process.pid)
+    before = {child: cpu_seconds(child) for child in running}
+
+    def generates() -> bool:  # half a second of work since: far beyond reading so short a prompt
+        return any(cpu_seconds(child) - before[child] > 0.5 for child in running)
+
     async def work() -> None:
-        client = local.async_client()
-        asking = asyncio.create_task(
-            client.chat.completions.create(model="gpt-4o-mini", messages=HELLO, max_tokens=2000)
-        )
-        while not children(local.process.pid):
-            await asyncio.sleep(0.05)
-        await asyncio.sleep(3)
-        for child in children(local.process.pid):
+        asking = asyncio.create_task(long_story(local.async_client()))
+        assert await asyncio.to_thread(until, generates, 60)
+        assert "tertulia_calls_in_flight 1" in metrics(local) and not asking.done()
+        for child in running:
             os.kill(child, signal.SIGKILL)
         with pytest.raises(openai.InternalServerError) as broken:
             await asking
-        assert broken.value.code == "engine_failed"
+        assert broken.value.code == "engine_failed" and broken.value.status_code == 502
 
     asyncio.run(work())
-    assert works(local, "gpt-4o-mini")
+    assert works(local, "gpt-4o-mini", retries=4)
 
 
 def test_gateway_killed_leaves_no_orphan(model_files: Path, tmp_path: Path) -> None:
     served = serve(with_models(tmp_path, model_files))
-    stream = served.client().chat.completions.create(model="gpt-4o-mini", messages=HELLO, max_tokens=2000, stream=True)
+    stream = long_story(served.client(), stream=True)
     next(stream)
     running = children(served.process.pid)
     assert running
     served.process.kill()
     served.process.wait()
-    with pytest.raises((openai.APIError, openai.APIConnectionError, Exception)):
+    with pytest.raises(openai.APIConnectionError):
         for _ in stream:
             pass
     assert until(lambda: not any(alive(child) for child in running), 2), "an engine outlived the gateway"
@@ -175,8 +205,7 @@ def test_a_stop_ends_the_children_too(model_files: Path, tmp_path: Path) -> None
 
 
 def test_a_client_that_leaves_stops_the_engine(local: Served) -> None:
-    client = local.client()
-    stream = client.chat.completions.create(model="gpt-4o-mini", messages=HELLO, max_tokens=4000, stream=True)
+    stream = long_story(local.client(), stream=True)
     next(stream)
     stream.close()
     assert until(lambda: 'outcome="client_left"' in metrics(local), 2)
@@ -216,6 +245,8 @@ def run_serve(data: Path, config: str = "", *arguments: str) -> subprocess.Compl
     """`tertulia serve` that is expected not to start."""
     data.mkdir(parents=True, exist_ok=True)
     (data / "t.toml").write_text(config)
+    if not config.startswith("port"):
+        arguments = ("--port", "0", *arguments)
     return subprocess.run(
         [sys.executable, "-m", "tertulia", "serve", "--data", str(data), "--config", str(data / "t.toml"),
          "--chat-model", "mock", "--embedding-model", "mock-embedding", *arguments],
@@ -259,7 +290,7 @@ def test_an_unknown_option_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 def test_a_data_directory_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = subprocess.run(
-        [sys.executable, "-m", "tertulia", "serve", "--data", str(tmp_path / "file" / "x")],
+        [sys.executable, "-m", "tertulia", "serve", "--data", str(tmp_path / "file" / "x"), "--port", "0"],
         capture_output=True,
         text=True,
     )
@@ -313,6 +344,30 @@ def test_a_body_of_100_mb(mock: Served) -> None:
     answer = exchange(mock, head + b"\r\n\r\n")  # refused by its head: not a byte of the body is awaited
     assert answer.startswith(b"HTTP/1.1 413") and b'"type":"invalid_request_error"' in answer
     assert b"connection: close" in answer
+    assert works(mock)
+
+
+def test_a_body_of_100_mb_that_is_sent(mock: Served) -> None:
+    head = request(mock, b"")[:-4].replace(b"Content-Length: 0", b"Content-Length: 104857600")
+    before, sent = resident_mb(mock.process.pid), 0
+    with socket.create_connection(address(mock), 10) as wire:
+        wire.sendall(head + b"\r\n\r\n")
+        try:
+            while sent < 100:
+                wire.sendall(b"x" * 2**20)
+                sent += 1
+        except ConnectionError:
+            pass  # refused before the end of it
+        wire.settimeout(10)
+        assert wire.recv(65536).startswith(b"HTTP/1.1 413")  # said all the same, and still there to read
+    assert resident_mb(mock.process.pid) - before < 10
+    assert works(mock)
+
+
+def test_a_body_of_100_mb_by_the_sdk(mock: Served) -> None:
+    with pytest.raises(openai.APIStatusError) as refused:
+        mock.client().chat.completions.create(model="mock", messages=[{"role": "user", "content": "x" * 100 * 2**20}])
+    assert refused.value.status_code == 413
     assert works(mock)
 
 
@@ -389,28 +444,77 @@ def test_requests_in_every_split_of_their_bytes(mock: Served) -> None:
 
 
 def test_a_client_that_stops_reading_stops_the_engine_and_not_the_server(mock: Served) -> None:
-    script = {"text": "x" * 60 * 2000, "chunk": 60}
-    body = json.dumps({"model": "mock", "messages": HELLO, "stream": True, "mock": script}).encode()
+    # Some 45 MB: twenty alternatives are told of each of the letters, far more than sockets of both sides hold.
+    script = {"text": "x" * 30_000, "chunk": 1}
+    asked = {"model": "mock", "messages": HELLO, "stream": True, "logprobs": True, "top_logprobs": 20, "mock": script}
+    gateway = mock.process.pid
     with socket.socket() as wire:
         wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         wire.connect(address(mock))
-        wire.sendall(request(mock, body))
-        time.sleep(0.5)
+        before = resident_mb(gateway)
+        wire.sendall(request(mock, json.dumps(asked).encode(), b"Connection: close\r\n"))
+        assert until(lambda: "tertulia_calls_in_flight 1" in metrics(mock), 10)
+        worked = -1.0
+        while cpu_seconds(gateway) > worked + 0.1:  # until it rests
+            worked = cpu_seconds(gateway)
+            time.sleep(1)
+        assert resident_mb(gateway) - before < 15, "what nobody reads is kept in memory"
+        assert "tertulia_calls_in_flight 1" in metrics(mock)
         assert works(mock)
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
         wire.settimeout(20)
-        got = b""
-        while b"[DONE]" not in got[-200:]:
-            data = wire.recv(65536)
-            assert data
-            got += data
+        size, last = 0, b""
+        while data := wire.recv(2**20):
+            size += len(data)
+            last = (last + data)[-200:]
+    assert b"[DONE]" in last and size > 30e6
+    assert until(lambda: "tertulia_calls_in_flight 0" in metrics(mock), 5)
     assert works(mock)
 
 
-def test_no_prompt_and_no_key_in_any_log(mock: Served) -> None:
-    with pytest.raises(openai.AuthenticationError):
-        mock.client(api_key="sk-secret-0123456789abcdef").chat.completions.create(model="mock", messages=HELLO)
-    secret = "the password of the cellar"
-    mock.client().chat.completions.create(model="mock", messages=[{"role": "user", "content": secret}])
-    for path in [*mock.data.glob("*.log"), mock.data / "ledger.jsonl"]:
-        text = path.read_text()
-        assert secret not in text and mock.api_key not in text and "sk-secret" not in text
+# ---- what is written down
+
+
+def test_no_prompt_and_no_key_in_any_log(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    served = serve(
+        data, f'access_log = "{data}/access.log"\nlog_level = "debug"\n',
+        "--chat-model", "mock", "--embedding-model", "mock-embedding",
+    )  # fmt: skip
+    secret, stranger = "the password of the cellar", "sk-secret-0123456789abcdef"
+    client, said = served.client(), [{"role": "user", "content": secret}]
+    try:
+        with pytest.raises(openai.AuthenticationError):
+            served.client(api_key=stranger).chat.completions.create(model="mock", messages=said)
+        assert client.chat.completions.create(model="mock", messages=said).choices[0].message.content == secret
+        assert list(client.chat.completions.create(model="mock", messages=said, stream=True))
+        assert client.completions.create(model="mock", prompt=secret).choices[0].text == secret
+        assert client.embeddings.create(model="mock-embedding", input=secret, encoding_format="float").data
+        for wrong in ({"temperature": secret}, {"mock": {"error": {"status": 500, "message": secret}}}):
+            with pytest.raises(openai.APIStatusError):
+                client.chat.completions.create(model="mock", messages=said, extra_body=wrong)
+        exchange(served, request(served, b'{"messages": "' + secret.encode()))
+    finally:
+        assert served.stop() == 0  # with which everything is written
+    lines = [json.loads(line) for line in (data / "access.log").read_text().splitlines()]
+    assert [line["status"] for line in lines] == [401, 200, 200, 200, 200, 400, 500, 400]
+    assert {line["task"] for line in lines} == {"chat", "completion", "embedding"}
+    written = {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    assert {"access.log", "stderr.log", "ledger.jsonl"} <= {path.name for path in written}
+    assert any(content.startswith(b"SQLite format 3") for content in written.values())
+    for path, content in written.items():
+        assert secret.encode() not in content and stranger.encode() not in content, path
+        if path.name != "client.env":  # the one place of the keys, for their owner only
+            assert served.api_key.encode() not in content and served.admin_key.encode() not in content, path
+    assert (data / "client.env").stat().st_mode & 0o077 == 0
+
+
+def test_a_sender_of_too_much_gets_to_read_why(mock: Served) -> None:
+    """A plain client sends its whole body before it reads: the refusal must not be lost in a reset connection."""
+    body = b"x" * (8 * 2**20)
+    connection = http.client.HTTPConnection(*address(mock), timeout=20)
+    connection.request("POST", "/v1/chat/completions", body, {"Authorization": f"Bearer {mock.api_key}"})
+    answer = connection.getresponse()
+    assert answer.status == 413 and b"too large" in answer.read()
+    connection.close()
+    assert works(mock)

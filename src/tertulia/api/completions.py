@@ -35,7 +35,7 @@ class Completion(msgspec.Struct):
     model: Model
     prompt: str | Annotated[list[str | Token | list[Token]], Meta(min_length=1, max_length=2048)] | None = None
     stream: bool | None = None
-    max_tokens: Annotated[int, Meta(ge=0)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     temperature: Temperature | None = None
     top_p: Probability | None = None
     n: Count | None = None

@@ -66,7 +66,9 @@ class Front:
                 connection.cycle.abandon(STOPPED)
 
 
-IDLE, READING, ANSWERING = "idle", "reading", "answering"
+IDLE, READING, ANSWERING, LEAVING = "idle", "reading", "answering", "leaving"
+LEAVE_SECONDS = 2.0  # how long a refused body is read to nowhere, so that its sender gets to read the refusal
+LEAVE_BYTES = 32 * 2**20  # and how much of it
 
 
 class Protocol(HttpToolsProtocol):
@@ -80,6 +82,7 @@ class Protocol(HttpToolsProtocol):
         self.phase = READING  # a new connection owes us a request
         self.since = self.loop.time()
         self.head_size = 0
+        self.unread = 0
         self.began = 0
         self.access_log = False  # the meter writes ours
 
@@ -102,11 +105,23 @@ class Protocol(HttpToolsProtocol):
     def check_silence(self, now: float) -> None:
         if self.pipeline:  # reading is paused by us, not by the client
             return
-        limit = {IDLE: self.front.keep_alive, READING: self.front.read_timeout}.get(self.phase)
+        limits = {IDLE: self.front.keep_alive, READING: self.front.read_timeout, LEAVING: LEAVE_SECONDS}
+        limit = limits.get(self.phase)
         if limit is not None and now - self.since > limit:
             self.transport.close()
 
+    def leave(self) -> None:
+        """Says no more, and reads what is still on its way to nowhere: closing at once would reset the connection, and
+        the answer with it."""
+        self.phase, self.since = LEAVING, self.loop.time()
+        self.transport.write_eof()
+
     def data_received(self, data: bytes) -> None:
+        if self.phase == LEAVING:
+            self.unread += len(data)
+            if self.unread > LEAVE_BYTES:
+                self.transport.close()
+            return
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
@@ -246,6 +261,7 @@ class Exchange:
         "protocol",
         "reply",
         "response_complete",
+        "started",
         "task",
         "who",
     )  # fmt: skip
@@ -257,7 +273,7 @@ class Exchange:
         self.reply = Reply(self)
         self.old = protocol.parser.get_http_version() == "1.0"
         self.keep_alive = not self.old and protocol.parser.should_keep_alive()
-        self.current = self.arrived = self.response_complete = self.disconnected = False
+        self.current = self.arrived = self.started = self.response_complete = self.disconnected = False
         self.message_event = _NoEvent
         self._body: list[bytes] = []
         self._size = 0
@@ -296,8 +312,9 @@ class Exchange:
 
     def start(self) -> None:
         """The request is here: make a Call of it and let it through the one door."""
-        if self.response_complete or self.disconnected:
+        if self.started or self.disconnected:
             return
+        self.started = True
         call = Call(self.id, NOBODY, self.task, b"".join(self._body), self.reply, self.began)
         self._body.clear()
         try:
@@ -357,7 +374,9 @@ class Exchange:
             self.protocol.transport.close()  # nothing, or no whole answer, to give: the client sees a cut connection
             return
         self.protocol.transport.write(self._last())
-        if not self.keep_alive or self.old:
+        if not self.arrived:
+            self.protocol.leave()
+        elif not self.keep_alive or self.old:
             self.protocol.transport.close()
         self.protocol.on_response_complete()
 

@@ -36,7 +36,9 @@ class Admit:
         if allowance is None:
             allowance = who.state = self._allowance(who.organization, who.project, now)
         prompt = len(call.body) // BYTES_PER_TOKEN
-        output = 0 if call.task.name == "embedding" else _maximum(asked) * (asked.n or 1)
+        output = 0
+        if call.task.name != "embedding":  # no answer is longer than the context, whatever maximum was asked for
+            output = min(_maximum(asked), target.card.context_length or 2**31) * (asked.n or 1)
         cost = self._prices.cost(target.model, prompt, output)
         try:
             allowance.admit(prompt + output, cost, call.model, now)
