@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tertulia.config import LocalModel, Settings, Upstream, load, table
+from tertulia.config import LocalModel, Sampling, Settings, Upstream, load, table
 from tertulia.core import Preset
 from tertulia.errors import SettingsError
 
@@ -142,6 +142,16 @@ def test_sections(file: Any) -> None:
         ("[models.good]\nfile='x'\n[models.bad]\nfile = 3", "models.bad.file: expected text, got int"),
         ("[models.a]\nparallel = 0", "models.a.parallel: expected int >= 1"),
         ("[models.a]\nlora = [1]", "models.a.lora[0]: expected text, got int"),
+        ("chat_model = ''", "chat_model: expected text of length >= 1"),
+        (
+            "[models.a]\nsampling = {temprature = 1}",
+            "models.a.sampling.temprature: there is no such setting; did you mean temperature?",
+        ),
+        ("[models.a]\nsampling = {top_k = 1, top_p = 'abc'}", "models.a.sampling.top_p: expected float, got text"),
+        ("[models.a]\nsampling = {temperature = 2.5}", "models.a.sampling.temperature: expected float <= 2.0"),
+        ("[models.a]\nsampling = {max_tokens = 0}", "models.a.sampling.max_tokens: expected int >= 1"),
+        ("[models.a]\nsampling = {min_p = nan}", "models.a.sampling.min_p: expected float >= 0.0"),
+        ("[models.a]\nsampling = 3", "models.a.sampling: expected object, got int"),
         ("[upstreams.far]\nkey = 'env:X'", "upstreams.far: object missing required field base_url"),
         ("[upstreams.far]\nbase_url = ''\ntimeout = 0", "upstreams.far.timeout: expected float > 0.0"),
         ("[presets.p]\nsystem = 'x'", "presets.p: object missing required field model"),
@@ -200,6 +210,13 @@ def test_a_table_has_no_variable() -> None:
 )
 def test_a_mistake_in_a_flag_names_the_flag(flags: dict[str, Any], said: str) -> None:
     assert refused(flags) == said
+
+
+def test_sampling_of_every_known_name_is_taken(file: Any) -> None:
+    text = "temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, typical_p=1.0, repeat_penalty=1.1, repeat_last_n=-1, "
+    text += "presence_penalty=-2, frequency_penalty=2, max_tokens=9"
+    sampling = load({"config": file(f"[models.a]\nsampling = {{{text}}}")}, {}).models["a"].sampling
+    assert set(sampling) == set(Sampling.__struct_fields__) and sampling["top_k"] == 40
 
 
 def test_no_message_holds_the_value_of_a_key() -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from conftest import Served, with_models
 from tertulia import doctor
+from tertulia.accounts import client_env
 from tertulia.accounts.directory import Directory
 from tertulia.config import LocalModel, Settings, Upstream
 from tertulia.doctor import FAIL, OK, WARN, Check, Finding, Patient
@@ -316,6 +317,16 @@ def test_addresses_that_are_not_ours_or_everybodys(data: Path) -> None:
 def test_a_port_where_a_tertulia_answers(data: Path, mock_server: Served) -> None:
     number = int(mock_server.root.rpartition(":")[2])
     assert look(doctor.port, data, port=number) == [Finding("port", OK, f"a Tertulia answers on 127.0.0.1:{number}")]
+
+
+def test_where_client_env_leads(data: Path, mock_server: Served) -> None:
+    assert look(doctor.client_file, data) == []  # it names no server
+    client_env.write(data, mock_server.base_url, "sk-x", None)
+    assert all_ok(look(doctor.client_file, data))
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        number = gone.getsockname()[1]
+    client_env.write(data, f"http://127.0.0.1:{number}/v1", "sk-x", None)
+    assert f":{number}/v1, where no Tertulia answers" in only(look(doctor.client_file, data), WARN).what
 
 
 def test_upstreams(data: Path, tmp_path: Path, mock_server: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,13 +347,25 @@ def test_a_custom_tool(ask: Ask) -> None:
     assert call.type == "custom" and call.custom.name == "note" and call.custom.input
 
 
-def test_a_custom_tool_streamed(server: Served) -> None:
-    # The SDK's type of a streamed call knows functions only, so OpenAI's own custom calls fail its strict mode too.
-    client = server.client(_strict_response_validation=False)
-    chunks = list(client.chat.completions.create(model="gpt-4o-mini", stream=True, **CUSTOM))
+def check_custom_chunks(chunks: list[Any]) -> None:
     calls = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or []]
     assert calls[0].type == "custom" and calls[0].custom["name"] == "note"
     assert "".join(call.custom.get("input", "") for call in calls)
+
+
+# The SDK's type of a streamed call knows functions only, so OpenAI's own custom calls fail its strict mode too.
+def test_a_custom_tool_streamed(server: Served) -> None:
+    with server.client(_strict_response_validation=False) as client:
+        check_custom_chunks(list(client.chat.completions.create(model="gpt-4o-mini", stream=True, **CUSTOM)))
+
+
+def test_a_custom_tool_streamed_async(server: Served) -> None:
+    async def work() -> list[Any]:
+        async with server.async_client(_strict_response_validation=False) as client:
+            stream = await client.chat.completions.create(model="gpt-4o-mini", stream=True, **CUSTOM)
+            return [chunk async for chunk in stream]
+
+    check_custom_chunks(asyncio.run(work()))
 
 
 @pytest.mark.parametrize("stream", [False, True])

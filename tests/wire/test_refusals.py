@@ -202,7 +202,7 @@ WORDS = "word " * 12_000
         ("/chat/completions", {**LOCAL_CHAT, "max_tokens": 1_000_000}, "messages"),
         ("/completions", {**LOCAL_COMPLETION, "prompt": WORDS}, "prompt"),
         ("/completions", {**LOCAL_COMPLETION, "max_tokens": 1_000_000}, "prompt"),
-        ("/completions", {**LOCAL_COMPLETION, "prompt": ["hi", [9906] * 12_000]}, "prompt"),
+        ("/completions", {**LOCAL_COMPLETION, "prompt": [[9906], [9906] * 12_000]}, "prompt"),
     ],
     ids=["long chat", "long chat answer", "long prompt", "long completion", "many token ids"],
 )

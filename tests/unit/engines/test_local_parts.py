@@ -18,6 +18,7 @@ from tertulia.api.chat import Chat
 from tertulia.core import CLIENT_LEFT, ModelCard, Reply, Usage
 from tertulia.engines.base import Collector
 from tertulia.engines.local import chat as local_chat
+from tertulia.engines.local.control import Defuser, refuse_in_schemas
 from tertulia.engines.local.embeddings import shortened
 from tertulia.engines.local.exchange import Events, Refused, translate
 from tertulia.engines.local.messages import joined, native
@@ -299,3 +300,24 @@ def test_the_ids_of_openais_tokenizer_are_known() -> None:
     assert cl100k().text([15339, 1917]) == "hello world"
     assert cl100k().text([9906, 11, 220, 98220, 3574, 244, 0]) == "Hello, 界世!"
     assert cl100k().text([100257]) == "<|endoftext|>"
+
+
+# control tokens
+def test_every_spelling_of_a_control_token_is_defused_and_counted() -> None:
+    defuser = Defuser(("<|a|>", "[A]", "A][B"))
+    assert defuser.text("x<|a|>[A][B<|b|>") == "x<\u200b|a|>[\u200bA\u200b][B<|b|>" and defuser.found == 3
+    assert Defuser(()).all([{"a": "<|a|>"}, 1, None]) == [{"a": "<|a|>"}, 1, None]
+
+
+def test_escapes_in_the_arguments_of_a_call_hide_nothing() -> None:
+    calls = [{"function": {"name": "f", "arguments": '{"a":"\\u003c|a|>"}'}}]
+    assert json.loads(Defuser(("<|a|>",)).all(calls)[0]["function"]["arguments"]) == {"a": "<\u200b|a|>"}
+    innocent = [{"function": {"name": "f", "arguments": '{"a": "\\n"}'}}]
+    assert Defuser(("<|a|>",)).all(innocent) == innocent
+
+
+def test_a_description_demands_no_control_token() -> None:
+    node = {"type": "object", "description": "<|a|>", "properties": {"b": {"title": "<|a|>"}}}
+    refuse_in_schemas(("<|a|>",), {"response_format": node})
+    with pytest.raises(BadRequest):
+        refuse_in_schemas(("<|a|>",), {"response_format": {"const": {"description": "<|a|>"}}})

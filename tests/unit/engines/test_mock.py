@@ -407,24 +407,35 @@ def test_a_wrong_script_is_a_400_that_names_the_field(script: Any, param: str) -
 
 
 def test_delays_come_before_the_first_byte_and_between_pieces() -> None:
-    async def run(stream: bool) -> list[float]:
+    async def run(stream: bool) -> tuple[list[float], list[tuple[float, int]]]:
+        """When each piece came, and the delays that were asked of the loop, each with the pieces that came before."""
         loop = asyncio.get_running_loop()
         call, sink = prepare(
             {"messages": HELLO, "stream": stream, "mock": {"text": "a b c", "first_delay": 0.05, "delay": 0.02}}
         )
         began = loop.time()
         times: list[float] = []
-        call.reply.tap(lambda piece: times.append(loop.time() - began))
-        await Mock().answer(call)
-        assert not call.reply.begun
-        await sink.done()
-        return times
+        waits: list[tuple[float, int]] = []
+        later = loop.call_later
 
-    times = asyncio.run(run(True))
+        def noted(delay: float, *what: Any, **context: Any) -> asyncio.TimerHandle:
+            waits.append((delay, len(times)))
+            return later(delay, *what, **context)
+
+        call.reply.tap(lambda piece: times.append(loop.time() - began))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "call_later", noted)
+            await Mock().answer(call)
+            assert not call.reply.begun
+            await sink.done()
+        return times, waits
+
+    times, waits = asyncio.run(run(True))
     assert len(times) == 6  # role, a, b, c, finish, [DONE]
-    assert times[0] >= 0.049 and times[1] - times[0] < 0.015
-    assert times[2] - times[1] >= 0.019 and times[3] - times[2] >= 0.019 and times[5] - times[3] < 0.015
-    assert asyncio.run(run(False))[0] >= 0.089
+    assert waits == [(0.05, 0), (0.02, 2), (0.02, 3)]  # none before a, nor before the finish
+    assert times[0] >= 0.049 and times[2] - times[1] >= 0.019 and times[3] - times[2] >= 0.019
+    times, waits = asyncio.run(run(False))
+    assert waits == [(pytest.approx(0.09), 0)] and times[0] >= 0.089
 
 
 def test_it_stops_when_the_client_leaves() -> None:
@@ -465,10 +476,13 @@ def test_a_slow_reader_pauses_it(delay: float) -> None:
 
         call.reply.tap(see)
         await Mock().answer(call)
+        async with asyncio.timeout(10):
+            while pieces < 3:
+                await asyncio.sleep(0.001)
         await asyncio.sleep(0.02)
         assert pieces == 3 and sink.outcome is None
         call.reply.resume()
-        await asyncio.wait_for(sink.done(), 1)
+        await asyncio.wait_for(sink.done(), 10)
         assert len(events(sink.pieces)) == 8
 
     asyncio.run(run())

@@ -271,3 +271,15 @@ def test_the_default_models_are_what_the_catalogue_says(model_files: Path) -> No
         assert (card.kind, card.context_length, card.dimensions, card.bytes) == (
             known.card.kind, known.card.context_length, known.card.dimensions, known.card.bytes,
         )  # fmt: skip
+
+
+def test_a_vocabulary_says_what_steers_the_model(tmp_path: Path) -> None:
+    tokens = ["a", "longest", "<|im_end|>", "<think>", "<td>", "x", "<end_of_turn>", "[INST]", "\t"]
+    types = [1, 1, 3, 4, 4, 4, 1, 3, 3]
+    extra = {"tokenizer.ggml.tokens": tokens * 10, "tokenizer.ggml.token_type": types * 10}
+    found = gguf.read_vocabulary(write(tmp_path / "v.gguf", {**LLAMA, **extra}))
+    assert found.control == ("<end_of_turn>", "<think>", "<|im_end|>", "[INST]") and found.longest == 13
+    assert gguf.read_vocabulary(write(tmp_path / "none.gguf", LLAMA)) == ((), 0)
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "v.gguf").read_bytes()[:600])
+    with pytest.raises(BadModelFile):
+        gguf.read_vocabulary(tmp_path / "cut.gguf")

@@ -102,10 +102,11 @@ def test_aliases_of_aliases() -> None:
     ("presets", "aliases", "said"),
     [
         ({}, {"a": "nowhere"}, "aliases.a: there is no model 'nowhere'"),
-        ({}, {"a": "b", "b": "a"}, "aliases.a: there is no model 'b'"),
+        ({}, {"a": "b", "b": "a"}, "aliases.a: it is a circle: a -> b -> a"),
         ({"p": Preset(model="nowhere")}, {}, "presets.p.model: there is no model 'nowhere'"),
-        ({"p": Preset(model="q"), "q": Preset(model="p")}, {}, "presets.p.model: there is no model 'q'"),
-        ({"p": Preset(model="p")}, {}, "presets.p.model: there is no model 'p'"),
+        ({"p": Preset(model="q"), "q": Preset(model="p")}, {}, "presets.p.model: it is a circle: p -> q -> p"),
+        ({"p": Preset(model="p")}, {}, "presets.p.model: it is a circle: p -> p"),
+        ({"p": Preset(model="q"), "q": Preset(model="r")}, {}, "presets.p.model: there is no model 'q'"),
         ({"p": Preset(model="small", examples=[{"user": "a", "asistant": "b"}])}, {},
          "presets.p.examples[0].asistant: only user and assistant have turns"),
     ],
@@ -114,6 +115,27 @@ def test_what_leads_nowhere_is_refused_at_start(presets: Any, aliases: Any, said
     with pytest.raises(SettingsError) as error:
         names(presets, aliases)
     assert error.value.message == said
+
+
+@pytest.mark.parametrize(
+    ("defaults", "said"),
+    [
+        ({"chat": "vectors"}, "chat_model: 'vectors' is no model for chat; did you mean embedding_model?"),
+        ({"embedding": "p"}, "embedding_model: 'p' is no model for embeddings; did you mean chat_model?"),
+    ],
+)
+def test_a_default_of_the_wrong_kind_is_refused(defaults: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        Names([SHELF], {"p": Preset(model="small")}, {}, {**DEFAULTS, **defaults})
+    assert error.value.message == said
+
+
+def test_defaults_of_far_models_and_of_those_that_can_do_both_are_taken() -> None:
+    far = ModelCard(id="far", kind="chat", source="upstream:u")
+    both = card("both", capabilities=("chat", "embedding"))
+    for name in ("far", "both"):
+        found = Names([Shelf(far, both)], {}, {}, {"chat": name, "embedding": name})
+        assert found.find("gpt-4o").model == found.find("text-embedding-3-small").model == name
 
 
 def test_a_pattern_that_leads_to_itself_ends() -> None:
