@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -24,6 +24,24 @@ Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0, le=2_678_400)]  # a month; infinity is no number for a timer
 NotNegative = Annotated[int, Meta(ge=0)]
 Dollars = Annotated[float, Meta(ge=0, le=1e9)]
+Named = Annotated[str, Meta(min_length=1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What [models.NAME] sampling may hold, with the ranges that callers have too."""
+
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
+    min_p: Share | None = None
+    typical_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    repeat_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    repeat_last_n: Annotated[int, Meta(ge=-1, le=1_000_000)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    max_tokens: Positive | None = None
 
 
 class LocalModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,10 +84,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     api_key: Annotated[str | None, Meta(description="project key to use at first start instead of a random one")] = None
     admin_key: Annotated[str | None, Meta(description="admin key to use at first start instead of a random one")] = None
     database: Annotated[str | None, Meta(description="database URL; SQLite in the data directory if not given")] = None
-    chat_model: Annotated[str, Meta(description="local model that answers chat and completions by default")] = (
+    chat_model: Annotated[Named, Meta(description="local model that answers chat and completions by default")] = (
         "smollm2-135m-instruct"
     )
-    embedding_model: Annotated[str, Meta(description="local model that answers embeddings by default")] = (
+    embedding_model: Annotated[Named, Meta(description="local model that answers embeddings by default")] = (
         "all-minilm-l6-v2"
     )
     strict_models: Annotated[
@@ -185,6 +203,7 @@ def load(flags: Mapping[str, Any] | None = None, environment: Mapping[str, str] 
         origin[name] = "--" + name.replace("_", "-")
     if path:
         values["config"] = str(path)
+    _check_sampling(values.get("models"), origin.get("models", "models"))
     try:
         return msgspec.convert(values, Settings, strict=True)
     except msgspec.ValidationError as error:
@@ -193,6 +212,25 @@ def load(flags: Mapping[str, Any] | None = None, environment: Mapping[str, str] 
         if "[...]" in where:
             what, where = _entry(name, values[name])
         raise SettingsError(f"{origin.get(name, name)}{where[len(name) :]}: {_plain(what)}") from None
+
+
+def _check_sampling(models: Any, where: str) -> None:
+    """Each value of each [models.NAME] sampling, so that a mistake names it."""
+    for name, model in models.items() if isinstance(models, Mapping) else ():
+        sampling = model.get("sampling") if isinstance(model, Mapping) else getattr(model, "sampling", None)
+        if not isinstance(sampling, Mapping):
+            continue  # none, or of a type that is refused with the others
+        refuse_wrong(sampling, Sampling, f"{where}.{name}.sampling.")
+
+
+def refuse_wrong(values: Mapping[str, Any], shape: type[msgspec.Struct], where: str) -> None:
+    """Raises SettingsError for a name that shape does not have, or for a value that is not as shape has it."""
+    _refuse_unknown(values, shape, where)
+    for name, value in values.items():
+        try:
+            msgspec.convert({name: value}, shape, strict=True)
+        except msgspec.ValidationError as error:
+            raise SettingsError(f"{where}{name}: {_plain(_parted(error)[0])}") from None
 
 
 def _parted(error: msgspec.ValidationError) -> tuple[str, str]:
@@ -243,7 +281,7 @@ def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
         # TERTULIA_TEST_* belongs to the test-suite
         if name.startswith("TERTULIA_") and name not in known and not name.startswith("TERTULIA_TEST_"):
             # without the prefix, which would make every name near to every other
-            near = _nearest(name[9:], {row[9:] for row in known}).replace("mean ", "mean TERTULIA_")
+            near = nearest(name[9:], {row[9:] for row in known}).replace("mean ", "mean TERTULIA_")
             raise SettingsError(f"{name}: there is no such setting{near}")
 
 
@@ -271,9 +309,10 @@ def _refuse_unknown(values: Mapping[str, Any], shape: type[msgspec.Struct], wher
     known = {field.name for field in msgspec.structs.fields(shape)}
     for name in values:
         if name not in known:
-            raise SettingsError(f"{where}{name}: there is no such setting{_nearest(name, known)}")
+            raise SettingsError(f"{where}{name}: there is no such setting{nearest(name, known)}")
 
 
-def _nearest(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0.5)
+def nearest(name: str, known: Collection[str], alike: float = 0.5) -> str:
+    """A message's end that suggests the name meant, or nothing if none is near: alike is from 0 to 1."""
+    near = difflib.get_close_matches(name, known, 1, alike)
     return f"; did you mean {near[0]}?" if near else ""

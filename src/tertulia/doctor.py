@@ -460,6 +460,21 @@ def port(patient: Patient) -> Iterator[Finding]:
         yield Finding("host", WARN, f"{host} is reached from other machines, without encryption", do)
 
 
+def client_file(patient: Patient) -> Iterator[Finding]:
+    """Whether DATA/client.env leads programs to a server."""
+    from .accounts import client_env
+    from .repl import alive
+
+    url = client_env.read(patient.data).get("OPENAI_BASE_URL")
+    if not url:
+        return
+    if alive(url):
+        yield Finding("client.env", OK, f"a Tertulia answers on {url}")
+    else:
+        do = "`tertulia serve` writes it anew when it starts"
+        yield Finding("client.env", WARN, f"it points to {url}, where no Tertulia answers", do)
+
+
 def readiness(where: str) -> Iterator[Finding]:
     from .repl import Api
 
@@ -590,7 +605,7 @@ async def tried(settings: Settings, card: ModelCard, path: Path) -> str:
 CHECKS: tuple[Check, ...] = (
     python, system, processor, memory, packages, engine, client,  # the machine and what is installed
     data_directory, disk, private_files, database, journal,  # what is kept
-    models, port, upstreams, generation,  # what is configured; environment and settings come before all
+    models, port, client_file, upstreams, generation,  # what is configured; environment and settings come before all
 )  # fmt: skip
 
 

@@ -29,8 +29,9 @@ class Background:
         """Starts and returns when it answers. Raises TertuliaError when it cannot start."""
         self._failure: BaseException | None = None
         self._listens = threading.Event()
-        from .server import Server, fetch_models, listen
+        from .server import Server, check_models, fetch_models, listen
 
+        check_models(settings)
         fetch_models(settings)
         self._server = Server(settings)
         self._listener = listen(settings.host, settings.port)
@@ -41,7 +42,10 @@ class Background:
         self.api_key = self._server.own_key()
         self._thread = threading.Thread(target=self._run, name="tertulia", daemon=True)
         self._thread.start()
-        if not self._listens.wait(START_SECONDS) or self._failure is not None:
+        listens = self._listens.wait(START_SECONDS)
+        if isinstance(self._failure, SettingsError):
+            raise self._failure
+        if not listens or self._failure is not None:
             raise TertuliaError(f"The server did not start: {self._failure or 'no answer in time'}") from self._failure
 
     def _run(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
+import http.client
 import logging
 import os
 import resource
@@ -13,11 +15,13 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import uvicorn
 import uvloop
 from msgspec.structs import replace
@@ -28,18 +32,18 @@ from .accounts.ledger import Ledger
 from .accounts.prices import NANO, Prices
 from .api import app, chat, completions, embeddings, models
 from .api.http import Front
-from .config import LocalModel, Settings
-from .core import ModelCard, Stage
-from .engines.base import Engine
+from .config import LocalModel, Sampling, Settings, nearest, refuse_wrong
+from .core import NOBODY, Call, ModelCard, Preset, Reply, Stage, Target, Task
+from .engines.base import Collector, Engine
 from .engines.catalog import CATALOG, PullFailed
 from .engines.gguf import BadModelFile
 from .engines.models import Shelf, card_of, pull_all
-from .errors import ModelNotFound, SettingsError, Unauthorized
+from .errors import BadRequest, ModelNotFound, SettingsError, Unauthorized
 from .gateway.admit import Admit
 from .gateway.cache import cache
 from .gateway.guard import guard
 from .gateway.meter import AccessLog, Meter
-from .gateway.names import CHAT, EMBEDDING, Names
+from .gateway.names import CHAT, EMBEDDING, Names, serves, wrong_kind
 from .gateway.pipeline import Pipeline, check
 from .gateway.route import route
 from .store.database import open_database
@@ -47,6 +51,11 @@ from .store.database import open_database
 log = logging.getLogger("tertulia")
 SPARE_FILES = 256  # open files that are no client's: engines, database, logs
 GRACE_SECONDS = 10.0  # what answers under way are given to finish when the server stops
+MEGABYTE = 1_000_000
+NEAR = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where a server that listens everywhere is reached from here
+PROBE_SECONDS = 1.0  # for whoever has our port to say who it is
+CHAT_FIELDS, COMPLETION_FIELDS = chat.Chat.__struct_fields__, completions.Completion.__struct_fields__
+PER_CALL = ("model", "messages", "prompt", "input", "stream", "stream_options")  # never a preset's
 
 
 class Server:
@@ -70,7 +79,8 @@ class Server:
     @property
     def base_url(self) -> str:
         host = self.settings.host
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        host = NEAR.get(host, host)
+        host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.port}/v1"
 
     def own_key(self) -> str:
@@ -106,6 +116,7 @@ class Server:
         stages: list[Stage] = [self.meter, check, admit, guard, cache, route(settings.request_timeout)]
         pipeline = Pipeline(stages)
         tasks = [make.task(self.names.resolve) for make in (chat, completions, embeddings)]
+        check_presets(settings.presets, self.names, tasks)
         front = Front(
             {task.path.encode(): task for task in tasks}, pipeline, self.directory,
             max_body=settings.max_body * 2**20, read_timeout=settings.read_timeout, keep_alive=settings.keep_alive,
@@ -117,6 +128,18 @@ class Server:
         """For each default model: ready, loading, missing, or failed."""
         return dict(self._states)
 
+    def over_budget(self) -> list[str]:
+        """A line for each default model whose file alone is larger than memory_budget: it will not be loaded."""
+        lines, budget = [], self.settings.memory_budget * MEGABYTE
+        for name, state in self._states.items():
+            size = 0 if state == "missing" else self.names.find(name).card.bytes or 0
+            if size > budget:
+                room, need = budget // MEGABYTE, size // MEGABYTE
+                lines.append(
+                    f"memory_budget is {room} MB, but the file of {name} alone has {need} MB: it will not load"
+                )
+        return lines
+
     async def serve(self, listener: socket.socket, started: Callable[[], None] | None = None) -> None:
         """Serves on a bound socket until stop() or a signal; started is called when requests are answered."""
         front, cold = self._compose()
@@ -125,7 +148,7 @@ class Server:
             cold, http=front, loop="none", lifespan="off", access_log=False, log_config=None, ws="none",  # type: ignore[arg-type]
             server_header=False, date_header=False, timeout_graceful_shutdown=int(GRACE_SECONDS),
         )  # fmt: skip
-        self._uvicorn = server = _Uvicorn(config, started)
+        self._uvicorn = server = _Uvicorn(config, started, lambda: self.meter.in_flight)
         front.start()
         preload = asyncio.create_task(self._preload())
         try:
@@ -167,11 +190,14 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn, telling when it listens."""
+    """uvicorn, telling when it listens, and for what it waits when a signal stops it."""
 
-    def __init__(self, config: uvicorn.Config, started: Callable[[], None] | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, started: Callable[[], None] | None, in_flight: Callable[[], int]
+    ) -> None:
         super().__init__(config)
         self._tell = started
+        self._in_flight = in_flight
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -192,6 +218,13 @@ class _Uvicorn(uvicorn.Server):
         await super().startup(sockets)
         if self._tell is not None:
             self._tell()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        waiting = self._in_flight()
+        if waiting and self._captured_signals:
+            answers = "1 answer" if waiting == 1 else f"{waiting} answers"
+            print(f"stopping: waiting for {answers} (Ctrl-C again cuts them)", file=sys.stderr, flush=True)
+        await super().shutdown(sockets)
 
 
 def engines(settings: Settings, shelf: Shelf) -> list[Engine]:
@@ -256,6 +289,70 @@ class LocalModels:
 
     def path(self, id: str) -> Path | None:
         return self._files.get(id) or self._shelf.path(id)
+
+
+def check_models(settings: Settings) -> None:
+    """Names of models that the settings get wrong, as far as that shows before anything is fetched.
+
+    Raises SettingsError for a default model that nothing answers to or that is of the wrong kind, and for a name that
+    two models would have.
+    """
+    shelf = shelf_of(settings)
+    here = LocalModels(settings, shelf).cards
+    if settings.mock:
+        from .engines.mock import Mock
+
+        here = {**here, **{card.id: card for card in Mock().models()}}
+    taken = dict.fromkeys([*here, *settings.models], "a model of this machine")
+    for name, upstream in settings.upstreams.items():
+        for model in upstream.models:
+            if model in taken:
+                raise SettingsError(f"upstreams.{name}.models.{model}: {taken[model]} has that name; choose another")
+            taken[model] = f"a model of upstreams.{name}"
+    known = {*taken, *CATALOG, *settings.presets, *settings.aliases}
+    patterns = [name for name in settings.aliases if any(mark in name for mark in "*?[")]
+    cards = {**{id: each.card for id, each in CATALOG.items()}, **here}
+    for kind in (CHAT, EMBEDDING):
+        model = getattr(settings, f"{kind}_model")
+        if model not in known and not any(fnmatchcase(model, pattern) for pattern in patterns):
+            raise SettingsError(f"{kind}_model: there is no model {model!r}{nearest(model, sorted(known), 0.4)}")
+        card = cards.get(model) if taken.get(model, "a model of this machine") == "a model of this machine" else None
+        if card is not None and not serves(card, kind):
+            raise SettingsError(f"{kind}_model: {wrong_kind(model, card, kind)}")
+
+
+def check_presets(presets: Mapping[str, Preset], names: Names, tasks: Sequence[Task]) -> None:
+    """Tries the parameters of each preset. Raises SettingsError that names the one that a call would be refused for."""
+    chat_task, completion_task = tasks[0], tasks[1]
+    for name, preset in presets.items():
+        where, given, target = f"presets.{name}.parameters.", preset.parameters, names.find(name)
+        for parameter in given:
+            if parameter in PER_CALL:
+                raise SettingsError(f"{where}{parameter}: this is the caller's to say, not a preset's")
+        text_only = [p for p in given if p in COMPLETION_FIELDS and p not in CHAT_FIELDS]
+        fields, task = (COMPLETION_FIELDS, completion_task) if text_only else (CHAT_FIELDS, chat_task)
+        rest = {parameter: value for parameter, value in given.items() if parameter not in fields}
+        _check_extras(rest, target, where)
+        body: dict[str, Any] = {parameter: value for parameter, value in given.items() if parameter in fields}
+        body |= {"prompt": "x"} if text_only else {"messages": [{"role": "user", "content": "x"}]}
+        body["model"] = target.model
+        try:
+            task.check(Call("", NOBODY, task, msgspec.json.encode(body), Reply(Collector()), 0))
+        except BadRequest as error:
+            raise SettingsError(f"{where}{error.param or ''}: {error.message}".replace(".: ", ": ")) from None
+
+
+def _check_extras(given: Mapping[str, Any], target: Target, where: str) -> None:
+    """What is no parameter of OpenAI's: an engine's own. What an upstream takes nobody here knows."""
+    source = target.card.source
+    if source.startswith("upstream:"):
+        return
+    own = {"mock"} if source.startswith("mock:") else {"ignore_eos"}
+    known = {*CHAT_FIELDS, *COMPLETION_FIELDS, *Sampling.__struct_fields__, *own} - {*PER_CALL}
+    for parameter in given:
+        if parameter not in known:
+            raise SettingsError(f"{where}{parameter}: there is no such parameter{nearest(parameter, sorted(known))}")
+    refuse_wrong({name: given[name] for name in given if name in Sampling.__struct_fields__}, Sampling, where)
 
 
 def wanted(settings: Settings) -> list[str]:
@@ -360,8 +457,10 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
+            whom = "another Tertulia" if _tertulia_answers(host, port) else "another program"
             raise SettingsError(
-                f"Port {port} on {host} is taken by another program. Stop it, or choose another port with --port."
+                f"Port {port} on {host} is taken by {whom}. Stop it, or choose another port with --port or "
+                "TERTULIA_PORT."
             ) from None
         raise SettingsError(f"Cannot listen on {host}:{port}: {error.strerror}.") from None
     except (OverflowError, UnicodeError):
@@ -370,11 +469,69 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _tertulia_answers(host: str, port: int) -> bool:
+    connection = http.client.HTTPConnection(NEAR.get(host, host), port, timeout=PROBE_SECONDS)
+    try:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().read(64) == b'{"status":"ok"}'
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def only_server(data: Path) -> Iterator[Callable[[str], None]]:
+    """Holds DATA/serve.lock as long as this process serves the directory; it ends with the process, however that ends.
+
+    Yields what says where the server is, for whoever comes second. Raises SettingsError if somebody else holds it.
+    """
+    try:
+        lock = os.open(prepare_data(data) / "serve.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise SettingsError(f"The data directory {data} cannot be used: {error.strerror}.") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid, _, url = os.pread(lock, 4096, 0).decode("utf-8", "replace").strip().partition(" ")
+        os.close(lock)
+        raise SettingsError(
+            f"Another `tertulia serve` (process {pid or 'unknown'}{', ' + url if url else ', starting'}) uses {data}. "
+            "Stop it, or choose another directory with --data."
+        ) from None
+    except OSError as error:  # a file system without locks: better served unguarded than not at all
+        log.warning("%s cannot be locked (%s); do not serve it twice", data, error.strerror)
+
+    def tell(url: str) -> None:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()} {url}".rstrip().encode() + b"\n", 0)
+
+    try:
+        tell("")
+        yield tell
+    finally:
+        with contextlib.suppress(OSError):  # a full disk; what it says counts only while it is held
+            os.ftruncate(lock, 0)
+        os.close(lock)
+
+
 def run(settings: Settings, announce: Callable[[Server], None] | None = None) -> None:
     """Builds a server and serves until it is told to stop; announce is called when it listens."""
-    listener = listen(settings.host, settings.port)  # before anything that takes time: a taken port is said at once
-    fetch_models(settings)
-    server = Server(settings)
-    server.port = listener.getsockname()[1]
-    server.write_client_env()
-    uvloop.run(server.serve(listener, (lambda: announce(server)) if announce is not None else None))
+    with only_server(settings.data_dir) as tell:
+        listener = listen(settings.host, settings.port)  # before what takes time: a taken port is said at once
+        check_models(settings)
+        fetch_models(settings)
+        server = Server(settings)
+        server.port = listener.getsockname()[1]
+        if server.first_keys:  # shown nowhere else, whatever comes of this start
+            server.write_client_env()
+
+        def started() -> None:
+            tell(server.base_url)
+            server.write_client_env()
+            for line in server.over_budget():
+                print(f"tertulia: {line}", file=sys.stderr, flush=True)
+            if announce is not None:
+                announce(server)
+
+        uvloop.run(server.serve(listener, started))

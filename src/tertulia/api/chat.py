@@ -232,6 +232,13 @@ def _check_parts(message: Message, at: int) -> None:
         assert isinstance(part, Part)
         if part.type == "text" and part.text is None:
             raise _missing(f"messages[{at}].content[{index}].text")
+        if part.type == "refusal" and message.role != "assistant":
+            raise BadRequest(
+                f"Invalid 'messages[{at}].content[{index}]': content of type 'refusal' is only allowed in messages "
+                "with role 'assistant'.",
+                param=f"messages[{at}].content[{index}].type",
+                code="invalid_value",
+            )
         if part.type not in ("text", "refusal") and message.role != "user":
             raise BadRequest(
                 f"Invalid 'messages[{at}].content[{index}]': content of type '{part.type}' is only allowed in messages "

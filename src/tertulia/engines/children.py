@@ -23,7 +23,7 @@ from typing import Any
 from ..config import LocalModel, Settings
 from ..core import ModelCard
 from ..errors import EngineFailed, Overloaded
-from . import connection, llama
+from . import connection, gguf, llama
 
 log = logging.getLogger("tertulia.engines")
 
@@ -42,7 +42,9 @@ class Child:
     slots: calls it answers at the same time; context_length: tokens one of them may hold, prompt and answer;
     pool_tokens: tokens all of them may hold together (if less than slots * context_length and full, llama.cpp answers
     all of them with status 500, "Context size has been exceeded."); headers: request lines with the secret;
-    template_knows_tools: whether its chat template has tools.
+    template_knows_tools: whether its chat template has tools; control_tokens: what no text may spell out, since the
+    engine would read it as a token that steers the model; longest_token: bytes of text that one token can stand for
+    at most, 0 if that is not known.
     """
 
     def __init__(self, card: ModelCard, process: asyncio.subprocess.Process, secret: str, port: int, pool: int) -> None:
@@ -55,6 +57,8 @@ class Child:
         self.slots = 1
         self.context_length = 0
         self.template_knows_tools = False
+        self.control_tokens: tuple[str, ...] = ()
+        self.longest_token = 0
         self.in_use = 0
         self.last_used = self.began = time.monotonic()
         self.stopping = False
@@ -223,6 +227,11 @@ class Children:
         child = Child(card, process, order["secret"], said["port"], said["pool"])
         try:
             await child.describe()
+            read = asyncio.get_running_loop().run_in_executor(None, gguf.read_vocabulary, Path(order["path"]))
+            child.control_tokens, child.longest_token = await read
+        except gguf.BadModelFile:  # its message has the path
+            child.pool.close()
+            raise _final(f"The model `{card.id}` cannot be loaded: its vocabulary cannot be read.") from None
         except BaseException:  # a cancelled load must not leave its sockets open either
             child.pool.close()
             raise

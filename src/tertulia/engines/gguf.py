@@ -8,6 +8,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,14 @@ class Header(NamedTuple):
     metadata: dict[str, Any]
     tensors: int
     size: int
+
+
+class Vocabulary(NamedTuple):
+    """Of a model's tokens: those that a text must not spell out, since they steer the model, and the bytes of the
+    longest one (0 if the file has none)."""
+
+    control: tuple[str, ...]
+    longest: int
 
 
 class Tensor(NamedTuple):
@@ -105,6 +114,28 @@ class _Cursor:
             self.at += count * struct.calcsize("<" + _SCALARS[inner])
         return None
 
+    def strings(self) -> list[bytes]:
+        """An array of strings, however long."""
+        inner, count = self.scalar("I"), self.scalar("Q")
+        if inner != _STRING:
+            raise struct.error("not an array of strings")
+        length_at, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
+        found = []
+        for _ in range(count):
+            begin = at + 8
+            at = begin + length_at(data, at)[0]
+            if at > len(data):
+                raise struct.error("string past the end")
+            found.append(data[begin:at])
+        self.at = at
+        return found
+
+    def numbers(self) -> tuple[int, ...]:
+        """An array of numbers, however long."""
+        code, count = _SCALARS[self.scalar("I")], self.scalar("Q")
+        self.at += count * struct.calcsize("<" + code)
+        return struct.unpack_from(f"<{count}{code}", self.data, self.at - count * struct.calcsize("<" + code))
+
     def _skip_strings(self, count: int) -> None:
         length_at, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
         for _ in range(count):
@@ -151,6 +182,51 @@ def _parse(cursor: _Cursor) -> Header:
         end = max(end, offset + tensor_bytes(shape, type))
     alignment = int(metadata.get("general.alignment", _ALIGNMENT)) or _ALIGNMENT
     return Header(version, metadata, tensors, -(-cursor.at // alignment) * alignment + end)
+
+
+_CONTROL, _USER_DEFINED = 3, 4
+_MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+_TURN_MARK = re.compile(r"<[|｜].+[|｜]>|</s>|<end_of_[a-z]+>")  # the engine takes such for control whatever their type
+_HTML = re.compile(
+    r"</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|[abipsu]|sub|sup|code|pre|[uo]l|li|div)>"
+)  # some vocabularies have these whole; they steer nothing
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """What the file's vocabulary holds, in some 30 ms for 50,000 tokens; BadModelFile if the file cannot be read."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _vocabulary(_Cursor(data))
+    except OSError as error:
+        raise BadModelFile(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (struct.error, KeyError, OverflowError, ValueError) as error:
+        raise BadModelFile(f"{path} is damaged: its vocabulary cannot be read.") from error
+
+
+def _vocabulary(cursor: _Cursor) -> Vocabulary:
+    cursor.at = 8
+    cursor.scalar("Q")
+    tokens: list[bytes] = []
+    types: Sequence[int] = ()
+    for _ in range(cursor.scalar("Q")):
+        key, type = cursor.string(), cursor.scalar("I")
+        if key == "tokenizer.ggml.tokens" and type == _ARRAY:
+            tokens = cursor.strings()
+        elif key == "tokenizer.ggml.token_type" and type == _ARRAY:
+            types = cursor.numbers()
+        else:
+            cursor.value(type)
+    control = {text for text, type in zip(tokens, types, strict=False) if type != 1 and _steers(text, type)}
+    control |= {text for text in tokens if text[:1] == b"<" and _TURN_MARK.fullmatch(text.decode("utf-8", "replace"))}
+    found = tuple(sorted(text.decode("utf-8", "replace") for text in control))
+    return Vocabulary(found, max(map(len, tokens), default=0))
+
+
+def _steers(token: bytes, type: int) -> bool:
+    text = token.decode("utf-8", "replace")
+    if type == _CONTROL:
+        return len(text) > 1 and not text.isalnum() and not text.isspace()
+    return type == _USER_DEFINED and bool(_MARKUP.fullmatch(text)) and not _HTML.fullmatch(text)
 
 
 def write(out: BinaryIO, metadata: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:

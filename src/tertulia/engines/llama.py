@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 CONTEXT_LIMIT = 8192  # tokens per request where nobody says otherwise
+PROMPT_BATCH = 256  # tokens of a long prompt that are read before the other slots get their next token
 HEADER_LIMIT = 64 << 20  # bytes; no model has a longer one, a corrupt file may claim it
 _PLAIN = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF value types
 _STRING, _ARRAY = 8, 9
@@ -251,6 +252,8 @@ def _parameters(xllamacpp: Any, spec: dict[str, Any], made: Plan) -> Any:
     if spec["kind"] == "embedding":
         it.embedding = True
         it.n_batch = it.n_ubatch = made.context  # an input must fit one batch
+    else:
+        it.n_batch = it.n_ubatch = PROMPT_BATCH
     adapters = []
     for path in spec["lora"]:
         adapter = xllamacpp.CommonAdapterLoraInfo()

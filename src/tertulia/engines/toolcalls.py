@@ -25,7 +25,7 @@ import json
 import random
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -88,6 +88,15 @@ class Plan(msgspec.Struct, frozen=True):
 
     def reader(self) -> CallReader:
         return CallReader(self)
+
+    def told(self, clean: Callable[[Any], Any]) -> Plan:
+        """The same plan, with what the model is told of the tools made clean; their names and rules stay."""
+        tools = tuple(
+            msgspec.structs.replace(tool, description=clean(tool.description), parameters=clean(tool.parameters))
+            for tool in self.tools
+        )
+        system = None if self.system is None else describe(tools, self.text)
+        return msgspec.structs.replace(self, tools=tools, system=system)
 
     def choice(self, messages: Sequence[dict[str, Any]]) -> Choice | None:
         """The first question of an `auto` plan, None if there is nothing to decide.

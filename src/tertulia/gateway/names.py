@@ -64,17 +64,32 @@ class Names:
         self._cards: dict[str, tuple[Engine, ModelCard]] = {}
         self.refresh()
         self._check()
+        for kind, model in defaults.items():
+            target = self._find(model, 0)  # None: not fetched yet
+            if target is not None and not serves(target.card, kind):
+                raise SettingsError(f"{kind}_model: {wrong_kind(model, target.card, kind)}")
 
     def _check(self) -> None:
         for name, preset in self._presets.items():
             for at, example in enumerate(preset.examples):
                 if odd := sorted(example.keys() - {"user", "assistant"}):
                     raise SettingsError(f"presets.{name}.examples[{at}].{odd[0]}: only user and assistant have turns")
-            if self._find(preset.model, 0) is None:
-                raise SettingsError(f"presets.{name}.model: there is no model {preset.model!r}")
+            self._check_way(f"presets.{name}.model", name, preset.model)
         for name, model in self._exact.items():
-            if self._find(model, 0) is None:
-                raise SettingsError(f"aliases.{name}: there is no model {model!r}")
+            self._check_way(f"aliases.{name}", name, model)
+
+    def _check_way(self, setting: str, name: str, model: str) -> None:
+        """Raises SettingsError if name, which stands for model, leads nowhere or in a circle."""
+        if self._find(model, 0) is not None:
+            return
+        way, step = [name], model
+        while step not in way:
+            way.append(step)
+            following = self._presets[step].model if step in self._presets else self._exact.get(step)
+            if following is None:
+                raise SettingsError(f"{setting}: there is no model {model!r}")
+            step = following
+        raise SettingsError(f"{setting}: it is a circle: {' -> '.join([*way, step])}")
 
     def refresh(self) -> None:
         """Asks the engines again what they serve."""
@@ -134,6 +149,20 @@ class Names:
 
     def _dated(self, card: ModelCard) -> ModelCard:
         return card if card.created else msgspec.structs.replace(card, created=self._started)
+
+
+def serves(card: ModelCard, kind: str) -> bool:
+    """Whether the model can be the default for chat (completions count) or embeddings; of a far one nobody knows."""
+    if card.source.startswith("upstream:"):
+        return True
+    kinds = (EMBEDDING,) if kind == EMBEDDING else (CHAT, "completion")
+    return card.kind in kinds or any(one in card.capabilities for one in kinds)
+
+
+def wrong_kind(name: str, card: ModelCard, kind: str) -> str:
+    """What to say of a default model that cannot do what it is the default for."""
+    right = "embedding_model" if card.kind == EMBEDDING else "chat_model"
+    return f"{name!r} is no model for {'embeddings' if kind == EMBEDDING else 'chat'}; did you mean {right}?"
 
 
 def _is_pattern(name: str) -> bool:

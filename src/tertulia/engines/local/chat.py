@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 
 from ...core import FINISHED, Call, ModelCard, Usage
-from ...errors import ContextLengthExceeded
+from ...errors import BadRequest, ContextLengthExceeded
 from ..toolcalls import CallReader, Choice, Plan, call_id, flatten, plan
+from .control import COUNTED, Defuser, least_tokens_of_messages, refuse_in_schemas
 from .exchange import Body, Child, Events, Exchange, Request
 from .messages import has_custom_calls, joined, native, refuse_parts
 from .request import Extras, check_bias, extras, refuse_unknown_fields, sampling, seed, unsupported, unsupported_value
@@ -95,7 +96,7 @@ _decision = msgspec.json.Decoder(_Decision).decode
 _counted = msgspec.json.Decoder(_Counted).decode
 
 
-def too_long(prompt: int, context: int) -> ContextLengthExceeded:
+def too_long(prompt: int | str, context: int) -> ContextLengthExceeded:
     return ContextLengthExceeded(
         f"This model's maximum context length is {context} tokens. However, your messages resulted in {prompt} tokens. "
         "Please reduce the length of the messages.",
@@ -110,6 +111,27 @@ def too_much(prompt: int, completion: int, context: int) -> ContextLengthExceede
         "completion.",
         param="messages",
     )
+
+
+def _check_prediction(given: dict[str, Any] | None) -> None:
+    """A prediction changes no answer, but one that OpenAI would refuse is refused."""
+    if given is None:
+        return
+    for name in ("type", "content"):
+        if given.get(name) is None:
+            param = f"prediction.{name}"
+            raise BadRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    if given["type"] != "content":
+        message = f"Invalid value: {given['type']!r}. Supported values are: 'content'."
+        raise BadRequest(message, param="prediction.type", code="invalid_value")
+    content = given["content"]
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
+        raise BadRequest(
+            "Invalid type for 'prediction.content': expected a string or an array of text parts.",
+            param="prediction.content",
+            code="invalid_type",
+        )
 
 
 def refuse(asked: Any, raw: dict[str, Any]) -> Extras:
@@ -133,6 +155,7 @@ def refuse(asked: Any, raw: dict[str, Any]) -> Extras:
         raise unsupported("store", "Chat completions are not stored.")
     if asked.stop and asked.response_format is not None and asked.response_format.type != "text":
         raise unsupported("stop", "A stop sequence would cut the JSON that 'response_format' promises.")
+    _check_prediction(asked.prediction)
     refuse_parts(asked.messages)
     refuse_unknown_fields(raw)
     return extras(raw, ACCEPTED.union(asked.__struct_fields__, ("moderation",)))
@@ -165,6 +188,10 @@ class ChatAnswer:
         return need(len(self._call.body), self._limit, self._count, child.context_length)
 
     async def run(self, child: Child) -> None:
+        least = least_tokens_of_messages(self._asked.messages, child) if len(self._call.body) > COUNTED else 0
+        if least > child.context_length:
+            raise too_long(f"at least {least}", child.context_length)
+        self._defuse(child)
         plan = self._plan
         question = None if self._goes_natively(child) else plan.choice(self._raw["messages"])
         if question is not None:
@@ -189,6 +216,17 @@ class ChatAnswer:
             body["seed"] = seed(self._asked.seed, first)
             requests.append(Request(b"/v1/chat/completions", encode(body), _Listener(self, first), count))
         await exchange.run(requests, self._finish)
+
+    def _defuse(self, child: Child) -> None:
+        """From here on no text of the caller's can be read as a control token of the model."""
+        refuse_in_schemas(child.control_tokens, self._raw)
+        defuser = Defuser(child.control_tokens)
+        for name in ("messages", "tools", "functions"):
+            if self._raw.get(name):
+                self._raw[name] = defuser.all(self._raw[name])
+        if defuser.found:
+            self._call.reply.header("x-tertulia-defused", str(defuser.found))
+            self._plan = self._plan.told(defuser.all)  # the texts of the tools once more
 
     def _goes_natively(self, child: Child) -> bool:
         """Whether the template itself can say all that is asked about tools. What must be a call never does: only a

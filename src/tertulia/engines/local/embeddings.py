@@ -17,6 +17,7 @@ import msgspec
 
 from ...core import FINISHED, Call, ModelCard, Usage
 from ...errors import BadRequest, ContextLengthExceeded
+from .control import COUNTED, least_tokens_of_input
 from .exchange import Body, Child, Exchange, Request
 from .request import extras
 from .shapes import encode
@@ -49,7 +50,7 @@ _answer = msgspec.json.Decoder(_Answer).decode
 _tokens = msgspec.json.Decoder(_Tokens).decode
 
 
-def too_long(prompt: int, context: int) -> ContextLengthExceeded:
+def too_long(prompt: int | str, context: int) -> ContextLengthExceeded:
     return ContextLengthExceeded(
         f"This model's maximum context length is {context} tokens, however you requested {prompt} tokens ({prompt} in "
         "your prompt; 0 for the completion). Please reduce your prompt; or completion length.",
@@ -91,6 +92,8 @@ class EmbeddingAnswer:
 
     async def run(self, child: Child) -> None:
         exchange = Exchange(self._call.reply, child, "input", too_long)
+        if not self._truncate and len(self._call.body) > COUNTED:
+            self._refuse_hopeless(child)
         if any(not isinstance(item, str) for item in self._items):
             await self._complete_ids(exchange)
         if self._truncate:
@@ -106,6 +109,12 @@ class EmbeddingAnswer:
             listener = Body(lambda answer, group=group: self._take(group, answer))  # type: ignore[misc]
             requests.append(Request(b"/v1/embeddings", body, listener, max(1, child.slots // 2)))
         await exchange.run(requests, self._finish)
+
+    def _refuse_hopeless(self, child: Child) -> None:
+        for item in self._items:
+            least = least_tokens_of_input(item, child) if isinstance(item, str) else len(item)
+            if least > child.context_length:
+                raise too_long(f"at least {least}", child.context_length)
 
     async def _complete_ids(self, exchange: Exchange) -> None:
         """The model's own ids, with the tokens around them that it expects (as [CLS] and [SEP])."""

@@ -31,6 +31,8 @@ class Child(Protocol):
     slots: int
     context_length: int
     template_knows_tools: bool
+    control_tokens: tuple[str, ...]
+    longest_token: int
 
 
 class Listener(Protocol):

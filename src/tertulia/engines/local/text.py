@@ -15,6 +15,7 @@ import msgspec
 
 from ...core import FINISHED, Call, ModelCard, Usage
 from ...errors import BadRequest, ContextLengthExceeded
+from .control import COUNTED, least_tokens
 from .exchange import Body, Child, Events, Exchange, Request
 from .request import check_bias, extras, sampling, seed, unsupported
 from .room import need
@@ -156,6 +157,14 @@ class TextAnswer:
         """Refuses what cannot fit; counts tokens only where the number of bytes does not settle it."""
         need_count = self._asked.echo and self._asked.logprobs is not None
         if isinstance(prompt, str):
+            least = least_tokens(prompt, exchange.child) if len(prompt) > COUNTED else 0
+            if least > context:
+                raise ContextLengthExceeded(
+                    f"This model's maximum context length is {context} tokens, however you requested at least "
+                    f"{least + self._limit} tokens (at least {least} in your prompt; {self._limit} for the "
+                    "completion). Please reduce your prompt; or completion length.",
+                    param="prompt",
+                )
             most = len(prompt.encode()) + 2
             if need_count or self._limit == 0 or most + self._limit > context:
                 question = {"content": prompt, "add_special": True, "parse_special": True}
@@ -187,14 +196,10 @@ class TextAnswer:
                 body = scoring(first.prompt_ids, self._asked.logprobs)
                 requests.append(Request(b"/completion", encode(body), Body(first.scored)))
         if requests:
-            await Exchange(self._call.reply, child, "prompt", too_long).run(requests, lambda: None)
+            await _Scoring(self._call.reply, child, "prompt", too_long).run(requests, lambda: None)
         if self._call.reply.closed or any(len(c.prompt_ids) != len(c.logprobs.found.tokens) for c in firsts):
             if not self._call.reply.closed:
-                raise BadRequest(
-                    "A prompt with an end-of-text token inside cannot be scored by this model.",
-                    param="prompt",
-                    code="unsupported_value",
-                )
+                raise _unscorable()
             return False
         for first in firsts:
             at = first.index
@@ -289,6 +294,24 @@ class TextAnswer:
     def top(self) -> int | None:
         found: int | None = self._asked.logprobs
         return found
+
+
+class _Scoring(Exchange):
+    """The requests that score prompts: the grammar breaks on a token that ends the text."""
+
+    def refused(self, status: int, said: bytes) -> None:
+        if b"empty grammar stack" in said:
+            self.fail(_unscorable())
+        else:
+            super().refused(status, said)
+
+
+def _unscorable() -> BadRequest:
+    return BadRequest(
+        "A prompt with an end-of-text token inside cannot be scored by this model.",
+        param="prompt",
+        code="unsupported_value",
+    )
 
 
 def scoring(ids: list[int], top: int) -> dict[str, Any]:
