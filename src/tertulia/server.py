@@ -34,6 +34,7 @@ from .api import app, chat, completions, embeddings, models
 from .api.http import Front
 from .config import LocalModel, Sampling, Settings, nearest, refuse_wrong
 from .core import NOBODY, Call, ModelCard, Preset, Reply, Stage, Target, Task
+from .engines.absent import Absent
 from .engines.base import Collector, Engine
 from .engines.catalog import CATALOG, PullFailed
 from .engines.gguf import BadModelFile
@@ -161,10 +162,11 @@ class Server:
     def _default_models(self) -> dict[str, str]:
         """The default models and how far they are; one that is not installed is missing until it is pulled."""
         states = {}
+        missing = {card.id for engine in self.engines if isinstance(engine, Absent) for card in engine.models()}
         for name in (self.settings.chat_model, self.settings.embedding_model):
             try:
-                self.names.find(name)
-                states[name] = "loading" if self.settings.preload else "ready"
+                absent = self.names.find(name).card.id in missing
+                states[name] = "missing" if absent else "loading" if self.settings.preload else "ready"
             except ModelNotFound:
                 states[name] = "missing"
         return states
@@ -251,6 +253,9 @@ def engines(settings: Settings, shelf: Shelf) -> list[Engine]:
         from .engines.local import Local
 
         found.append(Local(settings, Children(settings, models.path), models.cards))
+    missing = [CATALOG[name].card for name in wanted(settings) if name in CATALOG and name not in models.cards]
+    if missing:
+        found.append(Absent(missing))
     return found
 
 

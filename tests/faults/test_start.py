@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from conftest import Served, serve, with_models
@@ -216,3 +219,26 @@ def test_a_stop_with_nothing_under_way_says_nothing(tmp_path: Path) -> None:
     served.process.send_signal(signal.SIGINT)
     assert served.process.wait(20) == 0
     assert "stopping" not in (tmp_path / "stderr.log").read_text()
+
+
+def test_a_model_that_could_not_be_fetched_is_said_to_be_so(tmp_path: Path) -> None:
+    """No network and no models: the server serves what it can, and says of the rest what to do."""
+    dead = {
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_EXTRA_INDEX_URL": "",
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": "",
+    }
+    served = serve(tmp_path, environment=dead)
+    try:
+        with pytest.raises(openai.InternalServerError) as missing:
+            served.client().chat.completions.create(model="gpt-4o-mini", messages=[{"role": "user", "content": "hi"}])
+        assert missing.value.code == "model_not_fetched" and missing.value.status_code == 503
+        assert "tertulia pull smollm2-135m-instruct" in str(missing.value)
+        with pytest.raises(urllib.error.HTTPError) as unready:
+            urllib.request.urlopen(f"{served.root}/readyz", timeout=10)
+        assert json.loads(unready.value.read())["status"] == "missing"
+        answer = served.client().chat.completions.create(model="mock", messages=[{"role": "user", "content": "hi"}])
+        assert answer.choices[0].message.content
+    finally:
+        served.stop()

@@ -33,7 +33,9 @@ def build(
     async def readyz(request: Request) -> Response:
         models = states()
         fine = all(state == "ready" for state in models.values())
-        return JSONResponse({"status": "ready" if fine else "loading", "models": models}, 200 if fine else 503)
+        found = set(models.values())
+        status = next((state for state in ("failed", "missing", "loading") if state in found), "ready")
+        return JSONResponse({"status": status, "models": models}, 200 if fine else 503)
 
     async def show_metrics(request: Request) -> Response:
         return PlainTextResponse(metrics(), media_type="text/plain; version=0.0.4")
