@@ -106,7 +106,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     request_timeout: Annotated[Seconds, Meta(description="seconds a call may take from first byte to last")] = 600.0
     read_timeout: Annotated[Seconds, Meta(description="seconds a client may take to send its request")] = 30.0
     keep_alive: Annotated[Positive, Meta(description="seconds an idle connection is kept")] = 75
-    max_connections: Annotated[Positive, Meta(description="open connections over which new ones are refused")] = 10000
+    max_connections: Annotated[Positive, Meta(description="open connections over which new ones are refused")] = 4096
     requests_per_minute: Annotated[Positive, Meta(description="requests a minute of one project")] = 10_000_000
     tokens_per_minute: Annotated[Positive, Meta(description="tokens a minute of one project")] = 1_000_000_000
     spend_limit: Annotated[
