@@ -6,14 +6,11 @@ any model.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
-from .errors import DeadlineExceeded, EngineFailed, Overloaded, TertuliaError
-
-if TYPE_CHECKING:  # for the type checker only: core imports no room at run time
-    pass
+from .errors import DeadlineExceeded, TertuliaError
 
 
 class Principal:
@@ -310,8 +307,3 @@ class Call:
 
 Next = Callable[[Call], Awaitable[None]]
 Stage = Callable[[Call, Next], Awaitable[None]]
-
-__all__ = [
-    "CLIENT_LEFT", "DEADLINE", "FAILED", "FINISHED", "NOBODY", "STOPPED", "Call", "EngineFailed", "ModelCard", "Next",
-    "Overloaded", "Preset", "Principal", "Reply", "Sink", "Source", "Stage", "Target", "Task", "Usage", "retry_headers",
-]  # fmt: skip

@@ -261,6 +261,7 @@ class Exchange:
         "protocol",
         "reply",
         "response_complete",
+        "retry_count",
         "started",
         "task",
         "who",
@@ -280,6 +281,7 @@ class Exchange:
         self._head: bytes | None = None
         self._pieces: list[bytes] = []
         self._refusal: TertuliaError | None = None
+        self.retry_count = 0
         self._look_at_headers()
 
     def _look_at_headers(self) -> None:
@@ -288,6 +290,8 @@ class Exchange:
                 self._too_large()
             elif name == b"expect" and value.lower() == b"100-continue" and self._refusal is None:
                 self.protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            elif name == b"x-stainless-retry-count" and value.isdigit():
+                self.retry_count = int(value[:4])
             elif name == b"content-encoding" and value.lower() != b"identity":
                 self._refusal = BadRequest("Compressed request bodies are not supported.")
 
@@ -324,9 +328,7 @@ class Exchange:
             check_kind(self.who, "project")
         except TertuliaError as error:
             call.refusal = error
-        for name, value in self.headers:
-            if name == b"x-stainless-retry-count" and value.isdigit():
-                call.retry_count = int(value[:4])
+        call.retry_count = self.retry_count
         client = self.protocol.client
         call.client = client[0] if client else ""
         task = self.protocol.loop.create_task(self.front.pipeline.run(call))
