@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import openai
 from openai import AsyncOpenAI, OpenAI
@@ -56,7 +56,7 @@ def valid_arguments(text: str) -> None:
 
 
 class Colour(BaseModel):
-    name: str
+    name: Literal["red", "blue"]  # bounded, so that no model can talk until its limit, which the SDK's helpers refuse
     warm: bool
 
 
@@ -194,10 +194,10 @@ def chat_parse() -> None:
 @check
 def chat_stream_helper() -> None:
     home: Any = client.chat.completions if hasattr(client.chat.completions, "stream") else client.beta.chat.completions
-    with home.stream(model=CHAT, messages=MESSAGES, max_tokens=300) as stream:
+    with home.stream(model=CHAT, messages=MESSAGES, response_format=Colour, max_tokens=200) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion()
-    assert "content.delta" in kinds and final.choices[0].message.content
+    assert "content.delta" in kinds and isinstance(final.choices[0].message.parsed, Colour)
 
 
 @check
