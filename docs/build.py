@@ -1,4 +1,4 @@
-"""Writes docs/settings.md and docs/cli.md from the table of settings and the parsers: python docs/build.py.
+"""Writes settings.md, cli.md and outcomes.md from the tables and parsers they are about: python docs/build.py.
 
 A test compares the files with what this would write, so they cannot be out of date.
 """
@@ -6,13 +6,15 @@ A test compares the files with what this would write, so they cannot be out of d
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from tertulia.cli import build_parser
-from tertulia.config import LocalModel, Setting, Settings, Upstream, table
+from tertulia.config import LocalModel, Policy, Route, RouteTarget, Setting, Settings, Upstream, table
 from tertulia.core import Preset
 from tertulia.repl import COMMANDS
 
@@ -25,6 +27,18 @@ SETTINGS = """\
 Every setting can be given in four ways; the later wins: its default, a TOML file (`--config FILE` or
 `TERTULIA_CONFIG`), an environment variable, a flag of `tertulia serve`. `tertulia.client(NAME=...)` takes the same
 names. A name that does not exist, or a value that cannot be, is an error that names the key and the nearest right one.
+"""
+TARGETS = """\
+Each target is such a table, or in one line: `targets = [{ upstream = "a", model = "x" }, { model = "b" }]`.\
+"""
+RELOAD = """
+## A changed file
+
+The file is read again when it changes (unless `watch` is off) and on SIGHUP. A file with a mistake changes nothing: the
+settings in force stay, and a line on standard error says what is wrong. Otherwise the new settings hold for every call
+that comes after; calls under way go on as they began, on the upstream they have, even if it is gone for others. Keys
+are read again from where `key` points. What cannot change while the server runs keeps its value until the next start,
+and a line on standard error names it.
 """
 PRESET = {
     "model": "a model, alias or other preset that answers",
@@ -52,13 +66,18 @@ def rows(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     return "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in whole)
 
 
+def kind(row: Setting) -> str:
+    """A setting's type, or the few texts it may be."""
+    return ", ".join(f"`{choice}`" for choice in row.choices) or row.shape
+
+
 def section(title: str, words: str, settings: list[Setting]) -> str:
     """One table such as [models.NAME]."""
     required = {field.name for field in msgspec.structs.fields(_shape(title)) if field.required}
     lines = [
         (
             f"`{row.name}`",
-            row.shape,
+            kind(row),
             "required" if row.name in required else spell(row.default),
             row.help or PRESET[row.name],
         )
@@ -68,7 +87,10 @@ def section(title: str, words: str, settings: list[Setting]) -> str:
 
 
 def _shape(title: str) -> type[msgspec.Struct]:
-    return {"models.NAME": LocalModel, "presets.NAME": Preset, "upstreams.NAME": Upstream}[title]
+    return {
+        "models.NAME": LocalModel, "presets.NAME": Preset, "upstreams.NAME": Upstream, "routes.NAME": Route,
+        "routes.NAME.targets": RouteTarget, "policies.KEY_ID": Policy,
+    }[title]  # fmt: skip
 
 
 def settings_page() -> str:
@@ -77,18 +99,29 @@ def settings_page() -> str:
     text = NOTE + SETTINGS + "\n## Plain settings\n\n"
     text += rows(
         ("TOML key", "environment", "type", "default", "what"),
-        [(f"`{row.name}`", f"`{row.env}`", row.shape, spell(row.default), row.help) for row in plain],
+        [(f"`{row.name}`", f"`{row.env}`", kind(row), spell(row.default), row.help) for row in plain],
     )
     text += (
         "\nThe flag of each is its name with dashes: `--memory-budget`; one of type yes/no has a `--no-` form too.\n"
     )
-    text += "\n## Tables\n\nIn the TOML file only.\n\n"
-    text += rows(("table", "what"), [(f"`[{row.name}]`", row.help) for row in table(Settings) if not row.plain])
+    text += "\n## Tables and lists\n\nIn the TOML file only.\n\n"
+    text += rows(("TOML key", "what"), [
+        (f"`{row.name}`" if row.shape == "list" else f"`[{row.name}]`", row.help)
+        for row in table(Settings) if not row.plain
+    ])  # fmt: skip
     text += section(
         "models.NAME", "A model of your own; NAME is what callers ask for. Give `file` or `source`.", table(LocalModel)
     )
     text += section("presets.NAME", "How-to: [how-to/presets.md](how-to/presets.md).", table(Preset))
-    text += section("upstreams.NAME", "How-to: [how-to/upstream.md](how-to/upstream.md).", table(Upstream))
+    text += section("upstreams.NAME", "How-to: [how-to/upstreams.md](how-to/upstreams.md).", table(Upstream))
+    text += section(
+        "routes.NAME", "A model name with several targets behind; NAME is what callers ask for.", table(Route)
+    )
+    text += (
+        section("routes.NAME.targets", TARGETS, table(RouteTarget)).replace("## [", "## [[").replace("]\n", "]]\n", 1)
+    )
+    text += section("policies.KEY_ID", "KEY_ID is the `key` of the access log's lines.", table(Policy))
+    text += RELOAD
     return text
 
 
@@ -136,7 +169,16 @@ def cli_page() -> str:
     return text
 
 
-PAGES = {"settings.md": settings_page, "cli.md": cli_page}
+def outcomes_page() -> str:
+    """docs/outcomes.md: the table that the tests of faults hold a server to."""
+    spec = importlib.util.spec_from_file_location("outcomes", DOCS.parent / "tests" / "faults" / "outcomes.py")
+    assert spec is not None and spec.loader is not None
+    outcomes = sys.modules["outcomes"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(outcomes)
+    return NOTE + str(outcomes.page())
+
+
+PAGES = {"settings.md": settings_page, "cli.md": cli_page, "outcomes.md": outcomes_page}
 
 if __name__ == "__main__":
     for page, made in PAGES.items():

@@ -69,6 +69,18 @@ def build_parser() -> Parser:
     models_parser.add_argument("--json", action="store_true", help="print everything that is known, as JSON")
     add_place(models_parser)
     models_parser.set_defaults(run=models)
+    import_parser = commands.add_parser(
+        "import",
+        help="turn another gateway's configuration into Tertulia's",
+        description="Writes a Tertulia configuration made from another gateway's, and lists on standard error what "
+        "could not be carried over. Keys are never copied.",
+    )
+    import_parser.add_argument("kind", choices=["litellm"], help="whose configuration it is: `litellm`")
+    import_parser.add_argument("file", metavar="FILE", help="the configuration of a LiteLLM proxy, in YAML")
+    import_parser.add_argument(
+        "-o", "--output", metavar="FILE", help="write here, not to standard output; never over a file"
+    )
+    import_parser.set_defaults(run=import_settings)
     add_doctor(commands.add_parser("doctor", help="check machine, models, port and permissions"))
     return parser
 
@@ -85,7 +97,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(row.flag, action=argparse.BooleanOptionalAction, **kind)
         else:
             convert: Callable[[str], Any] = _number if row.shape == "number" else str
-            parser.add_argument(row.flag, type=convert, metavar=row.name.split("_")[-1].upper(), **kind)
+            meta = "|".join(row.choices) or row.name.split("_")[-1].upper()
+            parser.add_argument(row.flag, type=convert, metavar=meta, **kind)
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
@@ -110,14 +123,35 @@ def settings_of(options: argparse.Namespace) -> Any:
     return load({row.name: getattr(options, row.name, None) for row in table() if row.plain})
 
 
-def serve(options: argparse.Namespace) -> int:
-    import logging
+def log_to_stderr(level: str) -> None:
+    """Sets logging up so that a line is written by a thread: a terminal or pipe that is slow keeps nobody waiting.
 
+    What waits is written when the process ends; over 10,000 waiting lines are dropped.
+    """
+    import atexit
+    import logging
+    import logging.handlers
+    import queue
+
+    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    class Dropping(logging.handlers.QueueHandler):
+        def enqueue(self, record: logging.LogRecord) -> None:
+            if waiting.qsize() < 10_000:
+                waiting.put(record)
+
+    logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s", handlers=[Dropping(waiting)])
+    listener = logging.handlers.QueueListener(waiting, logging.StreamHandler())
+    listener.start()
+    atexit.register(listener.stop)
+
+
+def serve(options: argparse.Namespace) -> int:
     settings = settings_of(options)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr(settings.log_level)
     from .server import run
 
-    run(settings, announce)
+    run(settings, announce, lambda: settings_of(options))
     return 0
 
 
@@ -148,6 +182,26 @@ def pull(options: argparse.Namespace) -> int:
     names = options.names or wanted(settings)
     for name, path in zip(names, pull_all(names, shelf), strict=True):
         print(f"{name}: {path}")
+    return 0
+
+
+def import_settings(options: argparse.Namespace) -> int:
+    from .importers.litellm import convert
+
+    try:
+        with open(options.file, encoding="utf-8") as file:
+            text, notes = convert(file.read(), options.file)
+        if options.output is None:
+            print(text, end="")
+        else:
+            with open(options.output, "x", encoding="utf-8") as file:
+                file.write(text)
+    except UnicodeDecodeError:
+        raise SettingsError(f"{options.file}: this is no text") from None
+    except OSError as error:
+        raise SettingsError(f"{error.filename}: {error.strerror}") from None
+    for note in notes:
+        print(f"{options.file}: {note}", file=sys.stderr)
     return 0
 
 

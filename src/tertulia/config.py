@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -27,6 +27,7 @@ Dollars = Annotated[float, Meta(ge=0, le=1e9)]
 Named = Annotated[str, Meta(min_length=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Retries = Annotated[int, Meta(ge=0, le=10)]
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,12 +65,79 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """[upstreams.NAME]: any server that speaks the OpenAI API."""
 
     base_url: Annotated[str, Meta(description="where its API is, ending in /v1 as a rule")]
+    kind: Annotated[
+        Literal["openai", "azure"], Meta(description="azure: key in `api-key`, deployments in the path")
+    ] = "openai"
+    api_version: Annotated[str | None, Meta(description="sent as ?api-version=, as Azure OpenAI wants it")] = None
     key: Annotated[str | None, Meta(description="reference to its key: env:NAME or file:PATH")] = None
     models: Annotated[dict[str, str], Meta(description="our model name = its model name")] = {}
+    discover: Annotated[
+        bool, Meta(description="ask it for its models (GET /models) at start and every 5 minutes, and offer them all")
+    ] = False
+    prefix: Annotated[str, Meta(description="put before the names of discovered models, for example `vllm/`")] = ""
     organization: Annotated[str | None, Meta(description="sent as OpenAI-Organization")] = None
     project: Annotated[str | None, Meta(description="sent as OpenAI-Project")] = None
-    connect_timeout: Annotated[Seconds, Meta(description="seconds to connect")] = 5.0
-    timeout: Annotated[Seconds, Meta(description="seconds without a byte before the call is given up")] = 600.0
+    headers: Annotated[dict[str, str], Meta(description="further headers sent with every request")] = {}
+    connect_timeout: Annotated[Seconds, Meta(description="seconds to connect, TLS included")] = 5.0
+    first_byte_timeout: Annotated[Seconds, Meta(description="seconds until an answer must begin")] = 300.0
+    stall_timeout: Annotated[Seconds, Meta(description="seconds between two pieces of an answer")] = 60.0
+    timeout: Annotated[Seconds | None, Meta(description="seconds one attempt may take in all; no limit of its own")] = (
+        None
+    )
+    connections: Annotated[Positive, Meta(description="idle connections kept open")] = 256
+    max_concurrency: Annotated[
+        Positive | None, Meta(description="calls in flight at once, for each of its models; further ones wait in line")
+    ] = None
+    requests_per_minute: Annotated[Positive | None, Meta(description="calls sent to it a minute, at most")] = None
+    tokens_per_minute: Annotated[Positive | None, Meta(description="tokens sent to it a minute, at most")] = None
+    stream_usage: Annotated[
+        bool, Meta(description="ask for the usage of streams even if the caller does not; off for servers that refuse")
+    ] = True
+    tls_ca: Annotated[str | None, Meta(description="file with certificates to trust instead of the system's")] = None
+    prices: Annotated[
+        dict[str, dict[str, float]], Meta(description="by our model name: US dollars per million tokens: input, output")
+    ] = {}
+    context_length: Annotated[
+        dict[str, Positive], Meta(description="by our model name: tokens it holds, to refuse what cannot fit")
+    ] = {}
+
+
+class RouteTarget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of the targets of [routes.NAME]."""
+
+    model: Annotated[str, Meta(description="a model known here, or with upstream: one of that upstream's own names")]
+    upstream: Annotated[str | None, Meta(description="the upstream that has it")] = None
+    weight: Annotated[float, Meta(gt=0, le=1_000_000, description="its share of the calls")] = 1.0
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[routes.NAME]: a model name answered by one of several targets."""
+
+    targets: Annotated[list[RouteTarget], Meta(min_length=1, description="who answers, balanced")]
+    balance: Annotated[
+        Literal["weighted", "least_busy", "fastest"], Meta(description="how a target is chosen for a call")
+    ] = "weighted"
+    fallback: Annotated[
+        list[str], Meta(description="model names to try in turn when no target answers; the last may be local")
+    ] = []
+    retries: Annotated[Retries | None, Meta(description="tries after the first; the server's if not given")] = None
+    on_break: Annotated[
+        Literal["error", "continue"] | None,
+        Meta(description="a stream that breaks off: end it with an error, or have the next target continue the text"),
+    ] = None
+    timeout: Annotated[Seconds | None, Meta(description="seconds a call may take; request_timeout if not given")] = None
+    cache: Annotated[
+        Literal["off", "deterministic", "all"] | None, Meta(description="what is cached; the server's if not given")
+    ] = None
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[policies.KEY_ID]: what holds for the calls of one API key, by the id it has in the access log."""
+
+    cache: Annotated[Literal["off", "deterministic", "all"] | None, Meta(description="what is cached for it")] = None
+    priority: Annotated[
+        Literal["high", "normal", "low"] | None, Meta(description="its place in line when a target is busy")
+    ] = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -115,8 +183,43 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     access_log: Annotated[
         str, Meta(description="file for the JSON access log; - for standard error, empty for none")
     ] = ""
-    log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$", description="what is logged")] = "warning"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="what is logged on standard error")
+    ] = "warning"
     trace_engine: Annotated[bool, Meta(description="keep the log of local engines in the data directory")] = False
+    retries: Annotated[int, Meta(ge=0, le=10, description="further tries of a call whose upstream fails")] = 2
+    retry_budget: Annotated[
+        float, Meta(ge=0, le=10, description="retries a target may cost, as a share of its calls")
+    ] = 0.2
+    on_break: Annotated[
+        Literal["error", "continue"],
+        Meta(description="a stream that breaks off: end it with an error, or have the next target continue the text"),
+    ] = "error"
+    breaker_failures: Annotated[
+        Positive, Meta(description="failures in a row after which a target is left alone for a while")
+    ] = 5
+    breaker_cooldown: Annotated[Seconds, Meta(description="seconds it is left alone at first")] = 10.0
+    queue_size: Annotated[NotNegative, Meta(description="calls that may wait for a busy target")] = 1000
+    queue_timeout: Annotated[Seconds, Meta(description="seconds a call may wait for a busy target")] = 30.0
+    heartbeat: Annotated[
+        float, Meta(ge=0, le=3600, description="seconds between comments sent while a stream waits; 0: none")
+    ] = 15.0
+    cache: Annotated[
+        Literal["off", "deterministic", "all"],
+        Meta(description="which answers are kept: none, of temperature 0 or a seed, or all"),
+    ] = "deterministic"
+    cache_memory: Annotated[NotNegative, Meta(description="MB of answers kept in memory")] = 64
+    cache_disk: Annotated[NotNegative, Meta(description="MB of answers kept on disk, over a restart too; 0: none")] = 0
+    cache_ttl: Annotated[Seconds, Meta(description="seconds an answer is kept")] = 3600.0
+    coalesce: Annotated[bool, Meta(description="let identical calls in flight share one answer")] = True
+    retry_grace: Annotated[
+        float, Meta(ge=0, le=600, description="seconds a call goes on after its client left, for the client's retry")
+    ] = 0.0
+    watch: Annotated[bool, Meta(description="read the configuration file again when it changes")] = True
+    traces: Annotated[
+        str | None,
+        Meta(description="where traces go: URL of an OTLP/HTTP collector for traces; needs the extra `otel`"),
+    ] = None
     mock: Annotated[bool, Meta(description="offer the deterministic model `mock`")] = True
     aliases: Annotated[dict[str, str], Meta(description="model name or pattern = model that answers")] = {}
     models: Annotated[dict[str, LocalModel], Meta(description="more local models")] = {}
@@ -124,6 +227,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         dict[str, Preset], Meta(description="names with a model, a system message and parameters behind")
     ] = {}
     upstreams: Annotated[dict[str, Upstream], Meta(description="servers that answer for us")] = {}
+    routes: Annotated[dict[str, Route], Meta(description="model names with several targets behind")] = {}
+    fallback: Annotated[
+        list[str], Meta(description="model names tried in turn when an upstream cannot answer, for every route")
+    ] = []
+    policies: Annotated[dict[str, Policy], Meta(description="what holds for single API keys")] = {}
     prices: Annotated[
         dict[str, dict[str, float]], Meta(description="US dollars per million tokens: input, output")
     ] = {}
@@ -134,13 +242,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """One row of the table. shape is a word for its type; plain ones have an environment variable and a flag."""
+    """One row of the table. shape is a word for its type, choices the texts it may be if they are few; plain ones have
+    an environment variable and a flag."""
 
     name: str
     shape: str
     default: Any
     help: str
     plain: bool
+    choices: tuple[str, ...] = ()
 
     @property
     def env(self) -> str:
@@ -152,20 +262,18 @@ class Setting(msgspec.Struct, frozen=True):
 
 
 def _described(annotation: Any) -> tuple[str, str]:
-    """The help text and the plain type of an annotated field, however deep the metadata sits."""
-    help, base = "", annotation
-    while hasattr(base, "__metadata__"):
-        for meta in base.__metadata__:
+    """The help text and a word for the type of an annotated field, however deep the metadata sits."""
+    help, outer = "", annotation
+    while hasattr(outer, "__metadata__"):
+        for meta in outer.__metadata__:
             help = meta.description or help
-        base = get_args(base)[0]
-    kinds = [t for t in (get_args(base) or (base,)) if t is not type(None)]
-    inner = kinds[0]
-    while hasattr(inner, "__metadata__"):
-        inner = get_args(inner)[0]
-    shape = {str: "text", int: "number", float: "number", bool: "yes/no"}.get(inner, "table")
-    if str(base).startswith(("dict", "list")):
-        shape = "table"
-    return help, shape
+        outer = get_args(outer)[0]
+    if choices(annotation):
+        return help, "text"
+    base = _bare(annotation)
+    if get_origin(base) is list:
+        return help, "list"
+    return help, {str: "text", int: "number", float: "number", bool: "yes/no"}.get(base, "table")
 
 
 def table(of: type[msgspec.Struct] = Settings) -> list[Setting]:
@@ -177,7 +285,9 @@ def table(of: type[msgspec.Struct] = Settings) -> list[Setting]:
         default = field.default if field.default is not msgspec.NODEFAULT else None
         if field.default_factory is not msgspec.NODEFAULT:
             default = field.default_factory()
-        rows.append(Setting(field.name, shape, default, help, shape != "table"))
+        rows.append(
+            Setting(field.name, shape, default, help, shape not in ("table", "list"), choices(hints[field.name]))
+        )
     return rows
 
 
@@ -206,12 +316,12 @@ def load(flags: Mapping[str, Any] | None = None, environment: Mapping[str, str] 
     _check_sampling(values.get("models"), origin.get("models", "models"))
     try:
         return msgspec.convert(values, Settings, strict=True)
-    except msgspec.ValidationError as error:
-        what, where = _parted(error)
-        name = where.split(".")[0].split("[")[0]
-        if "[...]" in where:
-            what, where = _entry(name, values[name])
-        raise SettingsError(f"{origin.get(name, name)}{where[len(name) :]}: {_plain(what)}") from None
+    except msgspec.ValidationError:
+        name, where, what = next(
+            (name, *found) for name, shape in get_type_hints(Settings, include_extras=True).items()
+            if name in values and (found := _mistake(values[name], shape))
+        )  # fmt: skip
+        raise SettingsError(f"{origin.get(name, name)}{where}: {what}") from None
 
 
 def _check_sampling(models: Any, where: str) -> None:
@@ -226,34 +336,62 @@ def _check_sampling(models: Any, where: str) -> None:
 def refuse_wrong(values: Mapping[str, Any], shape: type[msgspec.Struct], where: str) -> None:
     """Raises SettingsError for a name that shape does not have, or for a value that is not as shape has it."""
     _refuse_unknown(values, shape, where)
+    hints = get_type_hints(shape, include_extras=True)
     for name, value in values.items():
-        try:
-            msgspec.convert({name: value}, shape, strict=True)
-        except msgspec.ValidationError as error:
-            raise SettingsError(f"{where}{name}: {_plain(_parted(error)[0])}") from None
+        found = _mistake(value, hints[name])
+        if found is not None:
+            raise SettingsError(f"{where}{name}{found[0]}: {found[1]}")
 
 
-def _parted(error: msgspec.ValidationError) -> tuple[str, str]:
-    """What is wrong, and the path to where."""
-    what, _, where = str(error).partition(" - at `")
-    return what, where.replace("key` in `", "").rstrip("`").removeprefix("$.")
+def _mistake(value: Any, shape: Any) -> tuple[str, str] | None:
+    """The first place in value that is not as shape has it, as the end of a key's path, and what is wrong there."""
+    try:
+        msgspec.convert(value, shape, strict=True)
+    except msgspec.ValidationError as error:
+        what = str(error).partition(" - at `")[0]
+    else:
+        return None
+    base = _bare(shape)
+    parts: Iterable[tuple[str, Any, Any]] = ()
+    if isinstance(value, Mapping) and get_origin(base) is dict:
+        parts = ((f".{name}", inner, get_args(base)[1]) for name, inner in value.items())
+    elif isinstance(value, list) and get_origin(base) is list:
+        parts = ((f"[{at}]", inner, get_args(base)[0]) for at, inner in enumerate(value))
+    elif isinstance(value, Mapping) and isinstance(base, type) and issubclass(base, msgspec.Struct):
+        hints = get_type_hints(base, include_extras=True)
+        for name in value:
+            if name not in hints:
+                return f".{name}", f"there is no such setting{nearest(str(name), hints)}"
+        parts = ((f".{name}", inner, hints[name]) for name, inner in value.items())
+    for name, inner, inside in parts:
+        if found := _mistake(inner, inside):
+            return name + found[0], found[1]
+    return "", _plain(what, choices(shape), value)
 
 
-def _entry(name: str, entries: Mapping[str, Any]) -> tuple[str, str]:
-    """The first wrong entry of a table; msgspec says [...] for its name."""
-    for entry, value in entries.items():
-        try:
-            msgspec.convert({name: {entry: value}}, Settings, strict=True)
-        except msgspec.ValidationError as error:
-            what, where = _parted(error)
-            return what, where.replace("[...]", f".{entry}", 1).replace("[...]", "")
-    raise AssertionError("one of the entries is wrong")
+def _bare(shape: Any) -> Any:
+    """A type without its metadata, and without None where that is one of two."""
+    while hasattr(shape, "__metadata__"):
+        shape = get_args(shape)[0]
+    kinds = [kind for kind in get_args(shape) if kind is not type(None)]
+    return _bare(kinds[0]) if type(None) in get_args(shape) and len(kinds) == 1 else shape
 
 
-def _plain(what: str) -> str:
-    return (
-        what[0].lower() + what[1:].replace("`", "").replace(" | null", "").replace("str", "text", 1) if what else what
-    )
+def choices(shape: Any) -> tuple[str, ...]:
+    """The texts a value of this type may be, if it is one of a few."""
+    base = _bare(shape)
+    return get_args(base) if get_origin(base) is Literal else ()
+
+
+def _plain(what: str, allowed: tuple[str, ...], value: Any) -> str:
+    """msgspec's words in the style of the other messages."""
+    if allowed:
+        words = f"expected {', '.join(allowed[:-1])} or {allowed[-1]}"
+        if isinstance(value, str):
+            return f"{words}, got {value!r}{nearest(value.strip().lower(), allowed)}"
+        what = f"{words}, {what.partition(', ')[2]}"
+    what = what.replace("`", "").replace(" | null", "").replace("str", "text", 1)
+    return what[:1].lower() + what[1:]
 
 
 def _from_text(row: Setting, text: str) -> Any:
@@ -295,7 +433,13 @@ def _read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path}: not valid TOML: {error}") from None
     _refuse_unknown(values, Settings, f"{path}: ")
-    for section, shape in (("models", LocalModel), ("presets", Preset), ("upstreams", Upstream)):
+    for section, shape in (
+        ("models", LocalModel),
+        ("presets", Preset),
+        ("upstreams", Upstream),
+        ("routes", Route),
+        ("policies", Policy),
+    ):
         entries = values.get(section, {})
         if not isinstance(entries, dict):
             continue  # its type is refused later, with the others

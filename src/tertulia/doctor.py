@@ -310,16 +310,16 @@ def journal(patient: Patient) -> Iterator[Finding]:
     import msgspec
 
     from .accounts.ledger import Entry
+    from .store.journal import read
 
     path, decoder = patient.data / "ledger.jsonl", msgspec.json.Decoder(Entry)
     bad, number = [], 0
     try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    decoder.decode(line)
-                except (msgspec.MsgspecError, UnicodeDecodeError):
-                    bad.append(number)
+        for number, line in enumerate(read(path), 1):
+            try:
+                decoder.decode(line)
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                bad.append(number)
     except FileNotFoundError:
         yield Finding("journal", OK, "not there yet")
         return

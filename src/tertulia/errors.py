@@ -14,7 +14,10 @@
     ├── QuotaExceeded                 429 insufficient_quota, not worth another try
     ├── Overloaded                    503 server_is_overloaded, worth another try
     ├── DeadlineExceeded              504 the call took longer than its deadline
-    ├── EngineFailed                  502 what should have answered broke (crashed child, bad upstream answer)
+    ├── EngineFailed                  502 what should have answered broke (a crashed child, an upstream out of reach)
+    │   ├── BadUpstreamAnswer         502 bad_upstream_answer: the upstream said something that is no answer
+    │   └── UpstreamTimeout           504 upstream_timeout: the upstream did not say it in time; the message says which
+    ├── UpstreamRefused               502, as a rule the upstream's own status: its error body, passed on
     └── SettingsError                 never sent: a configuration that cannot be used; the CLI prints it, exits with 2
 
 The message of each is the sentence a caller reads; it holds no key, no prompt and no path of the server.
@@ -156,6 +159,40 @@ class EngineFailed(TertuliaError):
 
     status, retry = 502, True
     code = "engine_failed"
+
+
+class BadUpstreamAnswer(EngineFailed):
+    """The upstream's answer was not understood."""
+
+    code = "bad_upstream_answer"
+
+
+class UpstreamTimeout(EngineFailed):
+    """The upstream did not answer in time."""
+
+    status = 504
+    code = "upstream_timeout"
+
+
+class UpstreamRefused(TertuliaError):
+    """The upstream refused the request."""
+
+    def __init__(
+        self,
+        status: int,
+        answer: bytes | None = None,
+        message: str | None = None,
+        *,
+        retry: bool | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        """answer is the upstream's error body, passed on as it is; without one the message is said in our own shape.
+        retry and retry_after (seconds) are what the upstream's headers say."""
+        super().__init__(message, retry_after=retry_after)
+        self.status, self._answer, self.retry = status, answer, retry
+
+    def body(self) -> bytes:
+        return super().body() if self._answer is None else self._answer
 
 
 class SettingsError(TertuliaError):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import gc
 import http.client
 import logging
 import os
@@ -19,13 +20,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 import uvicorn
 import uvloop
 from msgspec.structs import replace
 
+from . import config
 from .accounts import client_env
 from .accounts.directory import Directory, checked
 from .accounts.ledger import Ledger
@@ -39,14 +40,17 @@ from .engines.base import Collector, Engine
 from .engines.catalog import CATALOG, PullFailed
 from .engines.gguf import BadModelFile
 from .engines.models import Shelf, card_of, pull_all
+from .engines.upstream import Upstream
 from .errors import BadRequest, ModelNotFound, SettingsError, Unauthorized
+from .gateway.accesslog import AccessLog
 from .gateway.admit import Admit
-from .gateway.cache import cache
-from .gateway.guard import guard
-from .gateway.meter import AccessLog, Meter
+from .gateway.cache import Cache
+from .gateway.meter import Meter
 from .gateway.names import CHAT, EMBEDDING, Names, serves, wrong_kind
 from .gateway.pipeline import Pipeline, check
-from .gateway.route import route
+from .gateway.route import Route
+from .gateway.traces import Traces
+from .reload import Reloads
 from .store.database import open_database
 
 log = logging.getLogger("tertulia")
@@ -62,8 +66,9 @@ PER_CALL = ("model", "messages", "prompt", "input", "stream", "stream_options") 
 class Server:
     """One server: two can live in one process. run() serves until stop() or a signal."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Opens the data directory and the database. Raises SettingsError if they cannot be used."""
+    def __init__(self, settings: Settings, read: Callable[[], Settings] | None = None) -> None:
+        """Opens the data directory and the database; read gives the settings anew, for who changes them while it runs.
+        Raises SettingsError if they cannot be used."""
         self.settings = settings
         self.data = prepare_data(settings.data_dir)
         self.database = open_database(self.data, settings.database)
@@ -72,6 +77,8 @@ class Server:
         if self.first_keys is None:
             ensure_keys(self.directory, settings)
         self.engines: list[Engine] = []
+        self._far: dict[str, Far] = {}
+        self.reloads = Reloads(settings, read or (lambda: self.settings), check_models, self.reload, self._reopen_log)
         self.names: Names
         self.port = settings.port
         self._states: dict[str, str] = {}
@@ -104,26 +111,72 @@ class Server:
     def _compose(self) -> tuple[Front, Any]:
         """The stages, the tasks and the app; needs the running loop."""
         settings = self.settings
-        self.engines = engines(settings, shelf_of(settings))
-        defaults = {CHAT: settings.chat_model, EMBEDDING: settings.embedding_model}
-        self.names = Names(self.engines, settings.presets, settings.aliases, defaults, settings.strict_models)
+        self._far = far_engines(settings, {})
+        self.engines = [*mocks(settings), *(far.engine for far in self._far.values()), *near_engines(settings)]
+        self.names = Names.of(settings, self.engines)
         self.ledger = Ledger(self.data)
-        prices = Prices(settings.prices)
+        prices = prices_of(settings)
         self.access_log = AccessLog(settings.access_log) if settings.access_log else None
-        self.meter = Meter(self.ledger, prices, self.access_log)
-        limit = None if settings.spend_limit is None else round(settings.spend_limit * NANO)
-        admit = Admit(settings.requests_per_minute, settings.tokens_per_minute, limit, prices, self.ledger.spent())
+        self.traces = Traces(settings.traces, addresses(settings)) if settings.traces else None
+        self.meter = Meter(self.ledger, self.access_log, self.traces)
+        self.admit = admit = Admit(*limits(settings), prices, self.ledger.spent())
+        self.route = Route(settings, self.names)
+        self.cache = Cache(settings, self.data)
+        self.cache.flights.account = self._unclaimed
+        self.meter.sources += [self.route.metrics, self.cache.metrics, self.reloads.metrics]
+        if self.access_log is not None:
+            self.meter.sources.append(self.access_log.metrics)
         # The order of the stages; why it is this one: gateway/pipeline.py.
-        stages: list[Stage] = [self.meter, check, admit, guard, cache, route(settings.request_timeout)]
+        stages: list[Stage] = [self.meter, check, admit, self.cache, self.route]
         pipeline = Pipeline(stages)
         tasks = [make.task(self.names.resolve) for make in (chat, completions, embeddings)]
         check_presets(settings.presets, self.names, tasks)
-        front = Front(
+        self._start_far()
+        self.front = front = Front(
             {task.path.encode(): task for task in tasks}, pipeline, self.directory,
             max_body=settings.max_body * 2**20, read_timeout=settings.read_timeout, keep_alive=settings.keep_alive,
             max_connections=raise_file_limit(settings.max_connections),
         )  # fmt: skip
         return front, app.build(tasks, models.routes(self.names), self.directory, self.states, self.meter.exposition)
+
+    def _unclaimed(self, call: Call, outcome: str) -> None:
+        """A shared call went on after its last client had left, and nobody came back for it."""
+        self.admit.unclaimed(call)
+        self.meter.unclaimed(call, outcome)
+
+    def _start_far(self) -> None:
+        """Upstreams may be asked for their models, and say when those have changed."""
+        for far in self._far.values():
+            far.engine.on_models_changed = self.names.refresh
+            far.engine.start()
+
+    def reload(self, settings: Settings) -> None:
+        """Puts settings in force for every call that comes from now on; those under way go on as they began. An
+        upstream that is as before keeps its connections. Raises SettingsError, and then nothing has changed."""
+        far = far_engines(settings, self._far)
+        mock = [engine for engine in self.engines if is_mock(engine)] or mocks(settings)
+        ours = [engine for engine in self.engines if not isinstance(engine, Upstream) and not is_mock(engine)]
+        found = [*(mock if settings.mock else []), *(one.engine for one in far.values()), *ours]
+        names, prices = Names.of(settings, found), prices_of(settings)
+        check_presets(settings.presets, names, [make.task(names.resolve) for make in (chat, completions, embeddings)])
+        gone = [old.engine for name, old in self._far.items() if far.get(name) is not old]
+        self.settings, self.engines, self._far = settings, found, far
+        self.names.replace(names)
+        self._start_far()
+        self.cache.reload(settings)
+        self.route.reload(settings)
+        self.admit.reload(*limits(settings), prices)
+        self.front.max_body, self.front.read_timeout = settings.max_body * 2**20, settings.read_timeout
+        self.front.keep_alive = settings.keep_alive
+        if self.traces is not None:
+            self.traces.reload(addresses(settings))
+        logging.getLogger().setLevel(settings.log_level.upper())
+        for engine in gone:
+            engine.retire()
+
+    def _reopen_log(self) -> None:
+        if self.access_log is not None:
+            self.access_log.reopen()
 
     def states(self) -> dict[str, str]:
         """For each default model: ready, loading, missing, or failed."""
@@ -151,11 +204,13 @@ class Server:
         )  # fmt: skip
         self._uvicorn = server = _Uvicorn(config, started, lambda: self.meter.in_flight)
         front.start()
+        self.reloads.start()
         preload = asyncio.create_task(self._preload())
         try:
             await server.serve(sockets=[listener])
         finally:
             preload.cancel()
+            self.reloads.stop()
             front.stop()
             await self._close()
 
@@ -178,8 +233,12 @@ class Server:
                 self._states[name] = "ready" if await target.engine.ready(target.model) else "failed"
 
     async def _close(self) -> None:
+        self.cache.close()
+        self.route.close()
         for engine in self.engines:
             await engine.close()
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)
         if self.access_log is not None:
             self.access_log.close()
         self.ledger.close()
@@ -229,25 +288,46 @@ class _Uvicorn(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def engines(settings: Settings, shelf: Shelf) -> list[Engine]:
-    """Everything that answers, by what the settings name; each is imported only if it is wanted."""
-    found: list[Engine] = []
-    if settings.mock:
-        from .engines.mock import Mock
+class Far(msgspec.Struct, frozen=True):
+    """The engine of an upstream, and what it was made from."""
 
-        found.append(Mock())
+    upstream: config.Upstream
+    key: str | None
+    engine: Upstream
+
+
+def far_engines(settings: Settings, before: Mapping[str, Far]) -> dict[str, Far]:
+    """The engines of the upstreams; those whose settings and key are as they were are taken over."""
+    found = {}
     for name, upstream in settings.upstreams.items():
-        from .engines.upstream import Upstream
+        key = reference(upstream.key, f"upstreams.{name}.key")
+        old = before.get(name)
+        if old is not None and (old.upstream, old.key) == (upstream, key):
+            found[name] = old
+            continue
+        found[name] = Far(upstream, key, Upstream(name, upstream, key))
+        if old is not None and old.upstream.base_url == upstream.base_url:
+            found[name].engine.inherit(old.engine)
+    return found
 
-        if urlsplit(upstream.base_url).scheme not in ("http", "https") or not urlsplit(upstream.base_url).hostname:
-            raise SettingsError(f"upstreams.{name}.base_url: expected an http or https URL, got {upstream.base_url!r}")
-        found.append(
-            Upstream(
-                name, upstream.base_url, upstream.models, reference(upstream.key, f"upstreams.{name}.key"),
-                upstream.organization, upstream.project, upstream.connect_timeout, upstream.timeout,
-            )
-        )  # fmt: skip
-    models = LocalModels(settings, shelf)
+
+def mocks(settings: Settings) -> list[Engine]:
+    """The mock engine, imported only if it is wanted."""
+    if not settings.mock:
+        return []
+    from .engines.mock import Mock
+
+    return [Mock()]
+
+
+def is_mock(engine: Engine) -> bool:
+    return any(card.source.startswith("mock:") for card in engine.models())
+
+
+def near_engines(settings: Settings) -> list[Engine]:
+    """The engines of this machine, each imported only if it is wanted."""
+    found: list[Engine] = []
+    models = LocalModels(settings, shelf_of(settings))
     if models.cards:
         from .engines.children import Children
         from .engines.local import Local
@@ -257,6 +337,26 @@ def engines(settings: Settings, shelf: Shelf) -> list[Engine]:
     if missing:
         found.append(Absent(missing))
     return found
+
+
+def prices_of(settings: Settings) -> Prices:
+    """What models cost: as their upstreams say, and [prices] has the last word."""
+    found: dict[str, Mapping[str, float]] = {}
+    for name, upstream in settings.upstreams.items():
+        Prices(upstream.prices, f"upstreams.{name}.prices")
+        found.update(upstream.prices)
+    return Prices({**found, **settings.prices})
+
+
+def limits(settings: Settings) -> tuple[int, int, int | None]:
+    """Of one project: requests and tokens a minute, and nano-dollars a month."""
+    spend = None if settings.spend_limit is None else round(settings.spend_limit * NANO)
+    return settings.requests_per_minute, settings.tokens_per_minute, spend
+
+
+def addresses(settings: Settings) -> dict[str, str]:
+    """The base URLs of the upstreams, by name."""
+    return {name: upstream.base_url for name, upstream in settings.upstreams.items()}
 
 
 class LocalModels:
@@ -311,10 +411,10 @@ def check_models(settings: Settings) -> None:
     taken = dict.fromkeys([*here, *settings.models], "a model of this machine")
     for name, upstream in settings.upstreams.items():
         for model in upstream.models:
-            if model in taken:
+            if taken.get(model) == "a model of this machine":  # several upstreams may have the same model
                 raise SettingsError(f"upstreams.{name}.models.{model}: {taken[model]} has that name; choose another")
             taken[model] = f"a model of upstreams.{name}"
-    known = {*taken, *CATALOG, *settings.presets, *settings.aliases}
+    known = {*taken, *CATALOG, *settings.presets, *settings.aliases, *settings.routes}
     patterns = [name for name in settings.aliases if any(mark in name for mark in "*?[")]
     cards = {**{id: each.card for id, each in CATALOG.items()}, **here}
     for kind in (CHAT, EMBEDDING):
@@ -361,13 +461,17 @@ def _check_extras(given: Mapping[str, Any], target: Target, where: str) -> None:
 
 
 def wanted(settings: Settings) -> list[str]:
-    """What must be fetched before these settings can be served: defaults of the catalogue, and sources of models."""
+    """What must be fetched before these settings can be served: defaults, targets and fallbacks of the catalogue, and
+    sources of models."""
     elsewhere = {name for upstream in settings.upstreams.values() for name in upstream.models}
     names = [model.source for model in settings.models.values() if model.source]
-    for name in (settings.chat_model, settings.embedding_model):
+    routes = settings.routes.values()
+    targets = [target.model for route in routes for target in route.targets if target.upstream is None]
+    fallbacks = [*settings.fallback, *(name for route in routes for name in route.fallback)]
+    for name in (settings.chat_model, settings.embedding_model, *targets, *fallbacks):
         if name in CATALOG and name not in elsewhere:
             names.append(name)
-    return names
+    return list(dict.fromkeys(names))
 
 
 def fetch_models(settings: Settings) -> list[str]:
@@ -520,13 +624,16 @@ def only_server(data: Path) -> Iterator[Callable[[str], None]]:
         os.close(lock)
 
 
-def run(settings: Settings, announce: Callable[[Server], None] | None = None) -> None:
-    """Builds a server and serves until it is told to stop; announce is called when it listens."""
+def run(
+    settings: Settings, announce: Callable[[Server], None] | None = None, read: Callable[[], Settings] | None = None
+) -> None:
+    """Builds a server and serves until it is told to stop; announce is called when it listens, read when the settings
+    are to be read again."""
     with only_server(settings.data_dir) as tell:
         listener = listen(settings.host, settings.port)  # before what takes time: a taken port is said at once
         check_models(settings)
         fetch_models(settings)
-        server = Server(settings)
+        server = Server(settings, read)
         server.port = listener.getsockname()[1]
         if server.first_keys:  # shown nowhere else, whatever comes of this start
             server.write_client_env()
@@ -539,4 +646,13 @@ def run(settings: Settings, announce: Callable[[Server], None] | None = None) ->
             if announce is not None:
                 announce(server)
 
+        calm_collector()
         uvloop.run(server.serve(listener, started))
+
+
+def calm_collector() -> None:
+    """Calls leave no cycles behind, but thousands in flight make the garbage collector look for some all the time, which
+    cost a tenth of a request. What is loaded by now stays for good, and need not be looked through either."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)

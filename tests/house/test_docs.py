@@ -12,7 +12,7 @@ import pytest
 
 from house.sources import MODULES, ROOT
 from tertulia.cli import build_parser
-from tertulia.config import LocalModel, Settings, Upstream, load
+from tertulia.config import LocalModel, Policy, Route, RouteTarget, Settings, Upstream, load
 from tertulia.core import Preset
 
 DOCS = ROOT / "docs"
@@ -40,7 +40,7 @@ def test_generated_pages_are_current(page: str) -> None:
 def test_every_setting_is_documented_and_does_something() -> None:
     text = (DOCS / "settings.md").read_text(encoding="utf-8")
     others = "\n".join(module.text for name, module in MODULES.items() if name != "tertulia.config")
-    for shape in (Settings, LocalModel, Upstream, Preset):
+    for shape in (Settings, LocalModel, Upstream, Preset, Route, RouteTarget, Policy):
         for name in shape.__struct_fields__:
             assert f"`{name}`" in text or f"`[{name}]`" in text, name
             assert re.search(rf"\.{name}\b", others) or name == "config", f"{shape.__name__}.{name} changes nothing"

@@ -14,8 +14,8 @@ from house.sources import MODULES, Module, imports
 # From top to bottom; docs/ARCHITECTURE.md shows the same list. A room may import those below it, and itself.
 ROOMS = [
     ("", "cli", "repl", "doctor", "inprocess", "testing", "__main__"),
-    ("server",),
-    ("api",),
+    ("server", "reload"),
+    ("api", "importers"),
     ("dialogue", "knowledge", "jobs"),
     ("gateway",),
     ("safety",),

@@ -167,7 +167,7 @@ def test_a_failure_after_begin_is_an_error_event() -> None:
     assert reply.stream is True and reply.status == 200
 
 
-def test_recover_takes_over_a_failure_before_begin_and_only_then() -> None:
+def test_recover_may_take_over_a_failure_until_the_call_has_ended() -> None:
     wire = Wire()
     reply = Reply(wire, stream=True)
     asked: list[TertuliaError] = []
@@ -183,11 +183,20 @@ def test_recover_takes_over_a_failure_before_begin_and_only_then() -> None:
     reply.fail(second)
     assert asked == [first, second] and reply.closed and reply.error is second
 
-    reply = Reply(Wire(), stream=True)
+    wire = Wire()
+    reply = Reply(wire, stream=True)
     reply.recover = recover
-    reply.begin()
-    reply.fail(EngineFailed())
-    assert len(asked) == 2 and reply.closed
+    asked.clear()
+    reply.beat()
+    assert reply.begun and not reply.started
+    reply.push(b"data: x\n\n")
+    assert reply.started
+    reply.fail(first)  # taken over: who goes on where the answer broke off needs no new beginning
+    assert not reply.closed
+    reply.push(b"data: y\n\n")
+    reply.close()
+    reply.fail(second)
+    assert asked == [first] and reply.closed
 
 
 def test_begin_counts_once() -> None:

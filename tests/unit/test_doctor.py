@@ -219,12 +219,15 @@ def test_the_password_of_a_database_is_not_shown(data: Path) -> None:
 
 
 def test_a_damaged_journal(data: Path) -> None:
-    entry = ["chatcmpl-1", 1, "key_1", "proj_1", "mock", "mock", 1, 1, 0, 0, 1000, 200, "finished"]
+    entry = {
+        "id": "req_1", "at": 1.5, "key": "key_1", "project": "proj_1", "task": "chat", "asked": "mock", "model": "mock",
+        "status": 200, "outcome": "finished", "ms": 1.25,
+    }  # fmt: skip
     good = json.dumps(entry).encode() + b"\n"
     journal = data / "ledger.jsonl"
     journal.write_bytes(good * 3)
     assert look(doctor.journal, data) == [Finding("journal", OK, "3 entries")]
-    journal.write_bytes(good + b'["chatcmpl-2",1,"ke\n' + good)
+    journal.write_bytes(good + b'{"id":"req_2","at"\n' + good + bytes(9))
     assert "1 of 3 lines are damaged, the first is line 2" in only(look(doctor.journal, data), WARN).what
 
 

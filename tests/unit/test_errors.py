@@ -9,7 +9,7 @@ import pytest
 
 from tertulia import errors
 from tertulia.core import retry_headers
-from tertulia.errors import BadRequest, ModelNotFound, QuotaExceeded, RateLimited, TertuliaError
+from tertulia.errors import BadRequest, ModelNotFound, QuotaExceeded, RateLimited, TertuliaError, UpstreamRefused
 
 EXPECTED = {
     "TertuliaError": (500, "server_error", None, None),
@@ -27,12 +27,17 @@ EXPECTED = {
     "Overloaded": (503, "service_unavailable_error", "server_is_overloaded", True),
     "DeadlineExceeded": (504, "server_error", "deadline_exceeded", None),
     "EngineFailed": (502, "server_error", "engine_failed", True),
+    "BadUpstreamAnswer": (502, "server_error", "bad_upstream_answer", True),
+    "UpstreamTimeout": (504, "server_error", "upstream_timeout", True),
+    "UpstreamRefused": (502, "server_error", None, None),
     "SettingsError": (500, "server_error", None, None),
 }
 FOUND = {name: kind for name, kind in vars(errors).items() if inspect.isclass(kind) and issubclass(kind, TertuliaError)}
 
 
 def made(kind: type[TertuliaError]) -> TertuliaError:
+    if kind is UpstreamRefused:
+        return UpstreamRefused(502)
     return kind("x") if kind is ModelNotFound else kind()
 
 

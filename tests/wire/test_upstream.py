@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import Served, serve
+from tertulia.store.journal import read
 
 Script = Callable[[socket.socket, bytes], None]
 ANSWER = b'{"id":"x",  "object":"chat.completion","odd":[1, 2 ,3],"usage":{"prompt_tokens":3,"completion_tokens":4}}'
@@ -25,6 +26,7 @@ EVENTS = [
     b"data: [DONE]\n\n",
 ]
 BODY = {"model": "far", "messages": [{"role": "user", "content": "hi"}]}
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 class Upstream:
@@ -94,12 +96,15 @@ def far() -> Upstream:
 @pytest.fixture(scope="module")
 def gateway(far: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     config = f"""
+retries = 0
+breaker_failures = 1000000
 chat_model = "mock"
 embedding_model = "mock-embedding"
 [upstreams.far]
 base_url = "http://127.0.0.1:{far.port}/v1"
 key = "env:FAR_KEY"
-timeout = 1.0
+first_byte_timeout = 1.0
+stall_timeout = 1.0
 models = {{ far = "their-model", "same-model" = "same-model" }}
 """
     served = serve(tmp_path_factory.mktemp("gateway"), config, environment={"FAR_KEY": "sk-far-secret-0123456789"})
@@ -153,14 +158,19 @@ def test_the_upstream_gets_its_own_key_and_not_the_callers(gateway: Served, far:
 def test_a_stream_passes_under_every_split(gateway: Served, far: Upstream, size: int) -> None:
     text = b"".join(EVENTS)
     far.script = streamed([text[at : at + size] for at in range(0, len(text), size)])
-    assert ask(gateway, stream=True) == (200, text)
+    assert ask(gateway, **STREAM) == (200, text)
 
 
 def test_usage_of_an_upstream_reaches_the_ledger(gateway: Served, far: Upstream) -> None:
+    """And is hidden from a caller who did not ask for it."""
     far.script = streamed(EVENTS)
+    assert ask(gateway, stream=True) == (200, b"".join([*EVENTS[:2], EVENTS[3]]))
+    entry = json.loads(list(read(gateway.data / "ledger.jsonl"))[-1])
+    assert (entry["prompt_tokens"], entry["completion_tokens"], entry["outcome"]) == (3, 4, "finished")
+    far.script = streamed(EVENTS[:1])
     ask(gateway, stream=True)
-    entry = json.loads((gateway.data / "ledger.jsonl").read_text().splitlines()[-1])
-    assert entry[6:8] == [3, 4] and entry[-1] == "finished"
+    entry = json.loads(list(read(gateway.data / "ledger.jsonl"))[-1])
+    assert (entry["completion_tokens"], entry["outcome"], entry["estimated"]) == (1, "failed", True)
 
 
 @pytest.mark.parametrize("status", ["400 Bad Request", "429 Too Many Requests", "503 Service Unavailable"])
@@ -198,7 +208,7 @@ def test_a_cut_before_the_end_is_an_error_in_the_stream(gateway: Served, far: Up
 def test_silence_ends_at_the_timeout(gateway: Served, far: Upstream) -> None:
     far.script = lambda wire, request: time.sleep(10)
     answer = ask(gateway)
-    assert answer[0] == 502 and b"said nothing for 1 seconds" in answer[1]
+    assert answer[0] == 504 and b"did not begin its answer within 1 seconds" in answer[1]
     far.script = streamed(EVENTS[:1], gap=10)
     status, streamed_answer = ask(gateway, stream=True)
     assert status == 200 and b"said nothing for 1 seconds" in streamed_answer
@@ -206,7 +216,7 @@ def test_silence_ends_at_the_timeout(gateway: Served, far: Upstream) -> None:
 
 def test_a_slow_but_steady_stream_is_not_silence(gateway: Served, far: Upstream) -> None:
     far.script = streamed(EVENTS, gap=0.5)
-    assert ask(gateway, stream=True) == (200, b"".join(EVENTS))
+    assert ask(gateway, **STREAM) == (200, b"".join(EVENTS))
 
 
 def test_a_kept_connection_that_was_closed_is_not_the_callers_problem(gateway: Served, far: Upstream) -> None:

@@ -27,6 +27,7 @@ class Directory:
         self._database = database
         self._pepper = _pepper(data / "secret")
         self._keys: dict[bytes, Principal] = {}
+        self.version = 0  # rises with every change of who may come in
         self.load()
 
     def load(self) -> None:
@@ -36,6 +37,7 @@ class Directory:
         self._keys = {
             bytes(row.hash): Principal(row.id, row.organization_id, row.project_id or "", row.kind) for row in rows
         }
+        self.version += 1
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -74,6 +76,7 @@ class Directory:
         }  # fmt: skip
 
     def _let_in(self, rows: list[dict[str, Any]]) -> None:
+        self.version += 1
         for row in rows:
             self._keys[row["hash"]] = Principal(row["id"], row["organization_id"], row["project_id"] or "", row["kind"])
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from ..accounts.directory import Directory, check_headers
-from ..core import Principal, retry_headers
+from ..core import Principal, Wishes, retry_headers
 from ..errors import TertuliaError, Unauthorized
 
 log = logging.getLogger("tertulia.api")
@@ -54,13 +54,45 @@ def identify(directory: Directory, headers: Iterable[tuple[bytes, bytes]]) -> Pr
     return who
 
 
+WISHES = frozenset(
+    {b"x-stainless-retry-count", b"x-stainless-read-timeout", b"cache-control", b"idempotency-key", b"traceparent"}
+)
+
+
+def wishes(headers: Iterable[tuple[bytes, bytes]]) -> Wishes:
+    """What these headers (names in lower case) ask of the gateway; what is not understood asks nothing."""
+    given = {name.decode(): value.decode("latin-1").strip() for name, value in headers if name in WISHES}
+    retries = given.get("x-stainless-retry-count", "")[:4]
+    return Wishes(
+        retry_count=int(retries) if retries.isdecimal() else 0,
+        patience=_seconds(given.get("x-stainless-read-timeout", "")),
+        cache_control=given.get("cache-control", "").lower()[:256],
+        idempotency_key=given.get("idempotency-key", "")[:256],
+        traceparent=given.get("traceparent", "")[:256],
+    )
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        seconds = float(text)
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < 1e9 else None
+
+
 def standard_headers(id: str, who: Principal, began: int) -> bytes:
     """The lines every answer carries; began in time.perf_counter_ns()."""
-    milliseconds = (time.perf_counter_ns() - began) // 1_000_000
-    head = (
-        f"x-request-id: {id}\r\nopenai-version: 2020-10-01\r\nopenai-processing-ms: {milliseconds}\r\n"
-        "access-control-expose-headers: X-Request-ID\r\n"
-    )
+    lines = who.lines
+    if lines is None:
+        lines = who.lines = _own_lines(who)
+    return b"x-request-id: %b\r\nopenai-processing-ms: %d\r\n%b" % (
+        id.encode(), (time.perf_counter_ns() - began) // 1_000_000, lines,
+    )  # fmt: skip
+
+
+def _own_lines(who: Principal) -> bytes:
+    """Those that are the same in every answer to one key."""
+    head = "openai-version: 2020-10-01\r\naccess-control-expose-headers: X-Request-ID\r\n"
     if who.organization:
         head += f"openai-organization: {who.organization}\r\n"
     if who.project:

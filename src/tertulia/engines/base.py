@@ -5,23 +5,23 @@ a Call whose body is decoded and checked, and pushes bytes into its Reply.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Protocol
 
-from ..core import Call, ModelCard
+from ..core import FINISHED, Call, ModelCard
 
 
 class Engine(Protocol):
     """What answers calls for one or more models.
 
-    answer(call) looks at call.target.model, call.asked and call.body, and returns when the call is handed over or
-    done: the answer arrives through call.reply either way (begin, push, close; fail on any error, or raise a
+    answer(call) looks at call.target.model, call.asked and call.body. It returns None when the call is handed over or
+    done, or an awaitable that is when it first has to wait (an async function does): the answer arrives through call.reply either way (begin, push, close; fail on any error, or raise a
     TertuliaError before begin). When call.reply closes for another reason (client left, deadline), the engine's own
     on_close hook stops the work at once. Pieces of a stream are whole server-sent events in OpenAI's shape, the last
     of them `data: [DONE]`; another answer is one piece of JSON in OpenAI's shape.
     """
 
-    async def answer(self, call: Call) -> None: ...
+    def answer(self, call: Call) -> Awaitable[None] | None: ...
 
     def models(self) -> Sequence[ModelCard]: ...
 
@@ -50,6 +50,11 @@ class Collector:
     def end(self, outcome: str) -> None:
         self.outcome = outcome
         self._news.set()
+
+    def whole(self, headers: Sequence[bytes], data: bytes) -> None:
+        self.begin(200, headers)
+        self.write(data)
+        self.end(FINISHED)
 
     async def done(self) -> bytes:
         """Waits for the end and returns the whole body."""

@@ -8,20 +8,43 @@ Limits: head 64 KiB, and whatever the receiver bears; TLS is the loop's, with ve
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
+import re
+import socket
 import ssl
-from collections import deque
+from time import monotonic
 from typing import Protocol
 from urllib.parse import urlsplit
 
 import httptools
 
-from ..errors import EngineFailed, TertuliaError
+from ..errors import EngineFailed, TertuliaError, UpstreamTimeout
+from .proxy import Proxy, Tunnel
 
+log = logging.getLogger("tertulia.engines")
 HEAD_LIMIT = 65536  # bytes of status line and headers we accept from an engine
+BODY_LIMIT = 64 * 2**20  # bytes of an answer that is collected
+IDLE_SECONDS = 60.0  # an idle connection older than this is closed: servers close theirs after a minute or so
+INTERIM = (100, 102, 103)  # statuses after which the answer itself follows
+# The headers that somebody here acts on; the others are not kept.
+WANTED = frozenset(
+    (b"content-length", b"content-type", b"retry-after", b"retry-after-ms", b"transfer-encoding", b"x-should-retry")
+)
+
+
+OK, LENGTH = b"HTTP/1.1 200 ", b"\r\ncontent-length:"
+ODD = re.compile(
+    rb"\r\n(?:transfer-encoding|connection|content-encoding|upgrade):|\r(?!\n)|(?<!\r)\n|\r\n[ \t]|\0"
+).search
 
 
 class Receiver(Protocol):
-    """Who is told of an answer, in this order: head, piece*, then end or broken (which may come at any time, once)."""
+    """Who is told of an answer, in this order: head, piece*, then end or broken (which may come at any time, once).
+
+    A piece is all of the body that came in one read. A receiver with a method whole(body) is told of an answer with
+    status 200 that came in one read by that alone.
+    """
 
     def head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None: ...
     def piece(self, data: bytes) -> None: ...
@@ -34,26 +57,41 @@ class Stale(EngineFailed):
 
 
 class Connection(asyncio.Protocol):
-    """One socket to an engine; one request at a time. cancel() closes it, which is how an engine learns to stop."""
+    """One socket to an engine; one request at a time. cancel() closes it, which is how an engine learns to stop.
 
-    __slots__ = ("_answered", "_headers", "_parser", "_pool", "_receiver", "_size", "transport", "used")
+    An answer is handed on when the parser has read all that came, never from within it: whatever follows an answer in
+    the same read was not asked for, and must not be taken for the answer to the next request.
+    """
+
+    __slots__ = (
+        "_answered", "_extra", "_headers", "_keep", "_parser", "_paused", "_pieces", "_pool", "_receiver",
+        "_size", "complete", "idle_since", "transport", "used",
+    )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self.transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
-        self._parser: httptools.HttpResponseParser | None = None
+        self._parser = httptools.HttpResponseParser(self)
         self._headers: list[tuple[bytes, bytes]] = []
-        self._size = 0
-        self._answered = False
+        self._pieces: list[bytes] = []
+        self._size = 0  # bytes of a head that is not complete yet
+        self._answered = self._extra = self._keep = self._paused = False
+        self.complete = False  # the last byte of the answer has come; end() follows at once
+        self.idle_since = 0.0
         self.used = False  # has carried a request before: the other side may have closed it meanwhile
 
     # towards the engine
-    def send(self, request: bytes, receiver: Receiver) -> None:
+    def send(self, request: bytes, receiver: Receiver, body: bytes = b"") -> None:
+        """Sends a request; body is what of it is too large to be joined to the head."""
         assert self.transport is not None
-        self._receiver, self._parser = receiver, httptools.HttpResponseParser(self)
-        self._headers, self._size, self._answered = [], 0, False
+        self._receiver = receiver
+        if self._headers:
+            self._headers = []
+        self._size, self._answered = 0, False
         self.transport.write(request)
+        if body:
+            self.transport.write(body)
 
     def cancel(self) -> None:
         """Gives the call up: nothing more reaches the receiver, and the engine sees the connection close."""
@@ -62,10 +100,12 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
 
     def pause_reading(self) -> None:
+        self._paused = True
         if self.transport is not None and not self.transport.is_closing():
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
+        self._paused = False
         if self.transport is not None and not self.transport.is_closing():
             self.transport.resume_reading()
 
@@ -74,32 +114,78 @@ class Connection(asyncio.Protocol):
         self.transport = transport  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
-        if self._parser is None or self._receiver is None:
+        if self._receiver is None:
             self.cancel()  # bytes nobody asked for
             return
-        if not self._answered:
-            self._size += len(data)
         try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._break("The engine's answer is not HTTP.")
-        if not self._answered and self._size > HEAD_LIMIT:  # after parsing: a body may come in the same packet
-            self._break("The engine's answer has too long a head.")
+            if not self._answered and not self._size and data.startswith(OK) and self._at_once(data):
+                return
+            try:
+                self._parser.feed_data(data)
+            except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+                if isinstance(error, httptools.HttpParserCallbackError) and error.__context__ is not None:
+                    raise error.__context__ from None
+                if not self.complete or isinstance(error, httptools.HttpParserUpgrade):
+                    self._deliver()
+                    self._break(f"The {self._pool.who}'s answer is not HTTP.")
+                    return
+                self._extra = True  # the answer is whole, and something else came after it
+            if self._pieces:
+                self._deliver()
+            if self.complete:
+                self._finish()
+            elif not self._answered:
+                self._size += len(data)
+                if self._size > HEAD_LIMIT:
+                    self._break(f"The {self._pool.who}'s answer has too long a head.")
+        except Exception as error:  # a defect of ours in whoever receives: the loop would swallow it, the call hang
+            self._defect(error)
+
+    def _at_once(self, data: bytes) -> bool:
+        """An answer with status 200 that is all here, by its length to the byte, needs no parser."""
+        receiver = self._receiver
+        at = data.find(b"\r\n\r\n")
+        if at < 0 or not hasattr(receiver, "whole"):
+            return False
+        head = data[:at].lower()
+        length = head.find(LENGTH)
+        if length < 0 or head.find(LENGTH, length + 1) > 0 or ODD(head) is not None:
+            return False
+        value = head[length + 17 : max(head.find(b"\r", length + 2), 0) or None].strip(b" ")
+        if not value.isdigit() or int(value) != len(data) - at - 4:
+            return False
+        self._receiver = None
+        self._pool.give_back(self)
+        receiver.whole(data[at + 4 :])  # type: ignore[union-attr]
+        return True
 
     def connection_lost(self, error: Exception | None) -> None:
         self._pool.forget(self)
         if self._receiver is None:
             return
-        if self._answered and self._parser is not None and self._until_close():
-            self._finish()
+        if error is None and self._answered and self._until_close():
+            self._keep = False
+            try:
+                self._finish()
+            except Exception as defect:  # as above
+                self._defect(defect)
             return
-        stale = self.used and not self._size
+        stale = self.used and not self._answered and not self._size
         self._break(
-            "The engine closed the connection before its answer was complete.", Stale if stale else EngineFailed
+            f"The {self._pool.who} closed the connection before its answer was complete.",
+            Stale if stale else EngineFailed,
         )
 
     def _until_close(self) -> bool:
         return not any(name in (b"content-length", b"transfer-encoding") for name, _ in self._headers)
+
+    def _deliver(self) -> None:
+        pieces = self._pieces
+        if pieces:
+            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            pieces.clear()
+            if self._receiver is not None:
+                self._receiver.piece(data)
 
     def _break(self, why: str, kind: type[EngineFailed] = EngineFailed) -> None:
         receiver, self._receiver = self._receiver, None
@@ -108,90 +194,169 @@ class Connection(asyncio.Protocol):
         if receiver is not None:
             receiver.broken(kind(why))
 
-    def _finish(self) -> None:
-        receiver, self._receiver, self._parser = self._receiver, None, None
+    def _defect(self, error: Exception) -> None:
+        log.error("unexpected error while an answer came in", exc_info=error)
+        receiver, self._receiver = self._receiver, None
+        if self.transport is not None:
+            self.transport.abort()
         if receiver is not None:
-            receiver.end()
+            receiver.broken(TertuliaError())
+
+    def _finish(self) -> None:
+        receiver, self._receiver, self.complete = self._receiver, None, False
+        if receiver is None:  # given up meanwhile
+            return
+        if self._keep and not self._extra:
+            self._pool.give_back(self)
+        elif self.transport is not None:
+            self.transport.close()
+        receiver.end()
 
     # from the parser
+    def on_message_begin(self) -> None:
+        if self.complete:
+            self._extra = True
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
+        name = name.lower()
+        if name in WANTED:
+            self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        self._answered = True
-        if self._receiver is not None and self._parser is not None:
-            self._receiver.head(self._parser.get_status_code(), self._headers)
+        if self.complete or self._receiver is None:
+            return
+        status = self._parser.get_status_code()
+        if status not in INTERIM:
+            self._answered = True
+            self._receiver.head(status, self._headers)
 
     def on_body(self, data: bytes) -> None:
-        if self._receiver is not None:
-            self._receiver.piece(data)
+        if not self.complete:
+            self._pieces.append(data)
 
     def on_message_complete(self) -> None:
-        parser = self._parser
-        if self._receiver is None or parser is None:
-            return
-        if parser.get_status_code() in (100, 102, 103):  # interim: the answer itself follows
-            self._headers, self._answered = [], False
-            return
-        keep = parser.should_keep_alive()
-        if keep:
-            self._pool.give_back(self)
-        self._finish()
-        if not keep and self.transport is not None:
-            self.transport.close()
+        if self._answered:
+            self._keep = not self.complete and self._parser.should_keep_alive()
+            self.complete = True
+        else:
+            self._headers, self._size = [], 1
 
 
 class Pool:
     """Connections to one base URL, http or https. open_connections counts busy and idle ones."""
 
-    def __init__(self, base_url: str, *, connect_timeout: float = 5.0, idle_limit: int = 256) -> None:
-        """base_url: `http(s)://HOST[:PORT][/PREFIX]`; connect_timeout in seconds."""
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        connect_timeout: float = 5.0,
+        idle_limit: int = 256,
+        tls_ca: str | None = None,
+        proxy: Proxy | None = None,
+        who: str = "engine",
+    ) -> None:
+        """base_url: `http(s)://HOST[:PORT][/PREFIX]`; connect_timeout in seconds; tls_ca: a file of certificates to
+        trust instead of the system's, read at once; who: what messages call the other side. Raises ValueError for a
+        URL, OSError for a file that cannot be used."""
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"not an http(s) URL: {base_url!r}")
+        self.who = who
         self.host = parts.hostname
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        self.host_header = parts.netloc.rpartition("@")[2].encode("idna" if not parts.netloc.isascii() else "ascii")
         self.prefix = parts.path.rstrip("/").encode()
-        self.host_header = parts.netloc.rpartition("@")[2].encode()
-        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        self.proxy = proxy
+        self.proxy_line = b""
+        self._tls = parts.scheme == "https"
+        self._ssl = tls_context(tls_ca) if self._tls and tls_ca else None
+        if proxy is not None and not self._tls:  # the proxy reads the requests: it is told the whole address
+            self.prefix = b"http://" + self.host_header + self.prefix
+            self.proxy_line = proxy.authorization
         self._connect_timeout = connect_timeout
         self._idle_limit = idle_limit
-        self._idle: deque[Connection] = deque()
+        self._idle: dict[Connection, None] = {}  # oldest first
         self._all: set[Connection] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
 
     @property
     def open_connections(self) -> int:
         return len(self._all)
 
-    def request(self, method: bytes, path: bytes, headers: bytes, body: bytes) -> bytes:
-        """The bytes of a request; headers are complete lines, each ending in CRLF."""
-        return b"%s %s%s HTTP/1.1\r\nhost: %s\r\n%scontent-length: %d\r\n\r\n%s" % (
-            method, self.prefix, path, self.host_header, headers, len(body), body,
+    def head(self, method: bytes, path: bytes, headers: bytes) -> bytes:
+        """A request up to the value of content-length, its last header; headers are complete lines ending in CRLF."""
+        return b"%s %s%s HTTP/1.1\r\nhost: %s\r\n%s%scontent-length: " % (
+            method, self.prefix, path, self.host_header, self.proxy_line, headers,
         )  # fmt: skip
 
+    def request(self, method: bytes, path: bytes, headers: bytes, body: bytes) -> bytes:
+        """The bytes of a request; headers are complete lines, each ending in CRLF."""
+        return b"%s%d\r\n\r\n%s" % (self.head(method, path, headers), len(body), body)
+
     def take(self) -> Connection | None:
-        """An idle connection, without waiting."""
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.transport is not None and not connection.transport.is_closing():
+        """An idle connection, without waiting: the one used last."""
+        idle = self._idle
+        while idle:
+            connection, _ = idle.popitem()
+            if not connection.transport.is_closing():  # type: ignore[union-attr]
                 return connection
         return None
 
     async def connect(self) -> Connection:
         """A new connection. Raises EngineFailed when there is none to be had within the timeout."""
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(self), self.host, self.port, ssl=self._ssl
-                )
+                connection = await self._open()
         except TimeoutError:
-            raise EngineFailed("The connection to the engine timed out.") from None
-        except (OSError, ssl.SSLError) as error:
-            raise EngineFailed(f"The engine cannot be reached ({type(error).__name__}).") from None
+            raise UpstreamTimeout(
+                f"The connection to the {self.who} was not made within {self._connect_timeout:g} seconds."
+            ) from None
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host name that cannot be one
+            raise EngineFailed(self._unreachable(error)) from None
         self._all.add(connection)
+        if self._closed:
+            connection.cancel()
+            raise EngineFailed(f"The {self.who} is being stopped.")
         return connection
+
+    async def _open(self) -> Connection:
+        loop = asyncio.get_running_loop()
+        if self._tls and self._ssl is None:
+            self._ssl = tls_context(None)
+        if self.proxy is None:
+            _, connection = await loop.create_connection(lambda: Connection(self), self.host, self.port, ssl=self._ssl)
+            return connection
+        if not self._tls:
+            _, connection = await loop.create_connection(lambda: Connection(self), self.proxy.host, self.proxy.port)
+            return connection
+        raw, tunnel = await loop.create_connection(Tunnel, self.proxy.host, self.proxy.port)
+        try:
+            tunnel.ask(self.host, self.port, self.proxy.authorization)
+            await tunnel.opened
+            connection = Connection(self)
+            assert self._ssl is not None
+            secure = await loop.start_tls(raw, connection, self._ssl, server_hostname=self.host)
+            assert secure is not None
+        except BaseException:  # whatever went wrong, cancellation too, the socket must not stay
+            raw.abort()
+            raise
+        connection.connection_made(secure)
+        return connection
+
+    def _unreachable(self, error: OSError | UnicodeError) -> str:
+        """What went wrong, without the address: callers read it."""
+        proxied = " through the proxy" if self.proxy is not None else ""
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"The {self.who}'s certificate was not accepted: {error.verify_message}."
+        if isinstance(error, ssl.SSLError):
+            return f"The {self.who} and we could not agree on TLS ({error.reason or 'handshake failed'})."
+        if isinstance(error, socket.gaierror | UnicodeError):
+            return f"The {self.who}'s host name could not be resolved{proxied}."
+        # of several addresses that all failed the loop makes one error without a number
+        if error.errno == errno.ECONNREFUSED or f"[Errno {errno.ECONNREFUSED}]" in str(error):
+            return f"The {self.who} refused the connection{proxied}: nothing listens there."
+        return f"The {self.who} cannot be reached{proxied} ({type(error).__name__})."
 
     async def send(self, method: bytes, path: bytes, headers: bytes, body: bytes, receiver: Receiver) -> Connection:
         """Sends a request on an idle connection, or a new one. Raises EngineFailed if none can be made."""
@@ -215,32 +380,65 @@ class Pool:
             async with asyncio.timeout(timeout):
                 return await waiter.future
         except TimeoutError:
-            raise EngineFailed("The engine did not answer in time.") from None
+            raise UpstreamTimeout(f"The {self.who} did not answer within {timeout:g} seconds.") from None
         finally:
             if not waiter.finished:
                 connection.cancel()
 
     def give_back(self, connection: Connection) -> None:
+        """The connection may carry another request."""
         connection.used = True
         if self._closed or len(self._idle) >= self._idle_limit:
             if connection.transport is not None:
                 connection.transport.close()
             return
-        self._idle.append(connection)
+        if connection._paused:  # its client reads slowly; the next one may not
+            connection.resume_reading()
+        connection.idle_since = monotonic()
+        self._idle[connection] = None
+        if self._sweeper is None:
+            self._sweeper = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._sweep)
+
+    def _sweep(self) -> None:
+        """Closes what has been idle too long; runs only while something is idle."""
+        self._sweeper = None
+        now = monotonic()
+        while self._idle:
+            oldest = next(iter(self._idle))
+            wait = oldest.idle_since + IDLE_SECONDS - now
+            if wait > 0.01:
+                self._sweeper = asyncio.get_running_loop().call_later(wait, self._sweep)
+                return
+            del self._idle[oldest]
+            if oldest.transport is not None:
+                oldest.transport.close()
 
     def forget(self, connection: Connection) -> None:
         self._all.discard(connection)
-        try:
-            self._idle.remove(connection)
-        except ValueError:
-            pass
+        self._idle.pop(connection, None)
+
+    def retire(self) -> None:
+        """Keeps no connection from now on: calls in flight go on, and each takes its connection along when it ends."""
+        self._idle_limit = 0
+        while (connection := self.take()) is not None:
+            connection.transport.close()  # type: ignore[union-attr]  # an idle one has been made
 
     def close(self) -> None:
         """Closes every connection; calls in flight on them break."""
         self._closed = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
         for connection in list(self._all):
             if connection.transport is not None:
                 connection.transport.abort()
+
+
+def tls_context(ca: str | None) -> ssl.SSLContext:
+    """What verifies a server: by the certificates in the file ca, or the system's. Raises OSError."""
+    context = ssl.create_default_context(cafile=ca)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 class _Whole:
@@ -250,13 +448,18 @@ class _Whole:
         self.future = future
         self.finished = False
         self._status = 0
+        self._size = 0
         self._pieces: list[bytes] = []
 
     def head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._status = status
 
     def piece(self, data: bytes) -> None:
-        self._pieces.append(data)
+        self._size += len(data)
+        if self._size <= BODY_LIMIT:
+            self._pieces.append(data)
+        elif not self.future.done():  # whoever waits cancels the connection
+            self.future.set_exception(EngineFailed("The answer is too long."))
 
     def end(self) -> None:
         self.finished = True

@@ -1,229 +1,286 @@
-"""An engine that is another server: any base URL that speaks the OpenAI API. Bytes pass through untouched; only the
-model name is rewritten, and only where the upstream calls the model something else.
+"""An engine that is another server: any base URL that speaks the OpenAI API, Azure OpenAI's among them.
 
-Its key is sent to its own address alone; redirects are not followed.
+It knows an upstream's address, key and models, and writes requests; what becomes of one is in attempts.py. Only what
+must be is rewritten: the model name where the upstream calls the model something else, and `stream_options` where the
+usage of a stream would not be known otherwise. Its key is sent to its own address alone; redirects are not followed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import logging
+import os
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from ..core import FINISHED, Call, ModelCard, Reply
-from ..errors import EngineFailed, TertuliaError
-from .connection import Connection, Pool, Stale
+from .. import config
+from ..core import Call, ModelCard
+from ..errors import BadUpstreamAnswer, EngineFailed, SettingsError, TertuliaError, encode
+from .attempts import Attempt, Stream, Whole, refusal
+from .connection import Pool
+from .proxy import proxy_for
+from .timeouts import Timeouts
 
-ANSWER_LIMIT = 64 * 2**20  # bytes of an answer that is not a stream
-EVENT_LIMIT = 4 * 2**20  # bytes of one server-sent event
-_PATHS = {"chat": b"/chat/completions", "completion": b"/completions", "embedding": b"/embeddings"}
+log = logging.getLogger("tertulia.engines.upstream")
+JOIN_LIMIT = 65536  # bytes: a larger body is written by itself, not copied behind its head
+DISCOVER_SECONDS = 300.0  # between two looks at an upstream's models
+DISCOVER_AGAIN = 15.0  # after a look that failed; then twice as long each time
+USAGE = b',"stream_options":{"include_usage":true}}'
+_PATHS = {"chat": "/chat/completions", "completion": "/completions", "embedding": "/embeddings"}
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_encode = msgspec.json.Encoder().encode
+_options = msgspec.json.Decoder(dict[str, Any] | None)
 
 
-class _Error(msgspec.Struct):
-    error: dict[str, object]
+class _Listed(msgspec.Struct):
+    """A model as an upstream lists it; the two lengths are vLLM's and OpenRouter's."""
+
+    id: str
+    max_model_len: int | None = None
+    context_length: int | None = None
 
 
-_error = msgspec.json.Decoder(_Error)
+class _List(msgspec.Struct):
+    data: list[_Listed]
 
 
-class UpstreamRefused(TertuliaError):
-    """The upstream refused the request."""
+_list = msgspec.json.Decoder(_List)
 
-    def __init__(self, status: int, answer: bytes, retry: tuple[tuple[str, str], ...]) -> None:
-        super().__init__(headers=retry)
-        self.status, self._answer = status, answer
 
-    def body(self) -> bytes:
-        return self._answer
+class _Model:
+    """One model: the name it has there, its card, and by task a request up to the length of its body."""
+
+    __slots__ = ("card", "heads", "theirs")
+
+    def __init__(self, theirs: str, card: ModelCard, heads: Mapping[str, bytes]) -> None:
+        self.theirs, self.card, self.heads = theirs, card, heads
 
 
 class Upstream:
-    """One upstream with its models: our name to its name."""
+    """One upstream with its models: those that the settings name, those it lists (`discover`), and those a route asked
+    for (offer). on_models_changed is called when they have changed."""
 
     def __init__(
         self,
         name: str,
-        base_url: str,
-        models: Mapping[str, str],
+        settings: config.Upstream,
         key: str | None = None,
-        organization: str | None = None,
-        project: str | None = None,
-        connect_timeout: float = 5.0,
-        timeout: float = 600.0,
+        environment: Mapping[str, str] = os.environ,
     ) -> None:
-        """timeout: seconds without a byte of the answer after which a call is given up."""
+        """environment is where the proxy is looked for. Raises SettingsError for an address that cannot be used."""
         self.name = name
-        self.pool = Pool(base_url, connect_timeout=connect_timeout)
-        self._models = dict(models)
-        self._timeout = timeout
-        head = [("content-type", "application/json"), ("user-agent", "tertulia")]
-        for header, value in (
-            ("authorization", f"Bearer {key}" if key else None),
-            ("openai-organization", organization),
-            ("openai-project", project),
-        ):
-            if value:
-                head.append((header, value))
-        self._headers = "".join(f"{name}: {value}\r\n" for name, value in head).encode("latin-1")
+        self.on_models_changed: Callable[[], None] | None = None
+        self._settings = settings
+        self._headers = _headers(name, settings, key)
+        self._query = f"?api-version={quote(settings.api_version, safe='')}" if settings.api_version else ""
+        self.pool = _pool(name, settings, environment)
+        self.first: Timeouts[Attempt] = Timeouts(settings.first_byte_timeout, lambda attempt: attempt.no_beginning())
+        self.stall: Timeouts[Attempt] = Timeouts(settings.stall_timeout, lambda attempt: attempt.stalled())
+        self.total: Timeouts[Attempt] | None = None
+        if settings.timeout is not None:
+            self.total = Timeouts(settings.timeout, lambda attempt: attempt.too_long())
+        self._ask_usage = settings.stream_usage
+        self._heads = self._heads_at("")
+        self._models = {ours: self._model(ours, theirs) for ours, theirs in settings.models.items()}
+        self._own = frozenset(self._models)
+        self._listed: list[_Listed] = []
+        self._discovery: asyncio.Task[None] | None = None
 
+    # its models
     def models(self) -> Sequence[ModelCard]:
-        return [
-            ModelCard(id=ours, kind="chat", source=f"upstream:{self.name}", owned_by=self.name) for ours in self._models
-        ]
+        return [model.card for model in self._models.values()]
+
+    def offer(self, theirs: str) -> str:
+        """Our name for one of its models: the one it has, or else NAME/MODEL, under which it is offered from now on."""
+        for ours, model in self._models.items():
+            if model.theirs == theirs:
+                return ours
+        ours = f"{self.name}/{theirs}"
+        self._models[ours] = self._model(ours, theirs)
+        self._own |= {ours}
+        return ours
+
+    def theirs(self, model: str) -> str:
+        """What it calls a model that we call so."""
+        return self._models[model].theirs
+
+    def _model(self, ours: str, theirs: str, length: int | None = None) -> _Model:
+        card = ModelCard(
+            id=ours,
+            kind="embedding" if "embed" in theirs.lower() else "chat",  # its name is all we know of it
+            source=f"upstream:{self.name}",
+            owned_by=self.name,
+            context_length=self._settings.context_length.get(ours) or length,
+        )
+        place = _deployment(self._settings, theirs)
+        return _Model(theirs, card, self._heads_at(place) if place else self._heads)
+
+    def _heads_at(self, place: str) -> dict[str, bytes]:
+        return {
+            task: self.pool.head(b"POST", f"{place}{path}{self._query}".encode(), self._headers)
+            for task, path in _PATHS.items()
+        }
 
     async def ready(self, model: str) -> bool:
         return True  # an upstream is asked when it is needed
 
-    async def close(self) -> None:
-        self.pool.close()
+    # discovery
+    def start(self) -> None:
+        """Begins to look for its models, if it is to; needs the running loop."""
+        if self._settings.discover and self._discovery is None:
+            self._discovery = asyncio.get_running_loop().create_task(self._discover())
 
-    async def answer(self, call: Call) -> None:
+    async def _discover(self) -> None:
+        failures = 0
+        while True:
+            try:
+                self._take(await self.list_models())
+                failures = 0
+            except TertuliaError as error:  # what it offered last stays
+                failures += 1
+                log.warning("upstreams.%s: its models could not be listed: %s", self.name, error.message)
+            wait = min(DISCOVER_SECONDS, DISCOVER_AGAIN * 2 ** (failures - 1)) if failures else DISCOVER_SECONDS
+            await asyncio.sleep(wait * random.uniform(0.9, 1.1))
+
+    async def list_models(self) -> list[_Listed]:
+        """What GET /models says. Raises TertuliaError."""
+        path = f"{_root(self._settings)}/models{self._query}"
+        status, body = await self.pool.fetch("GET", path, self._headers)
+        if status != 200:
+            raise refusal(status, (), body)
+        try:
+            return _list.decode(body).data
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            raise BadUpstreamAnswer("The upstream's list of models was not understood.") from None
+
+    def _take(self, listed: list[_Listed]) -> None:
+        """Offers these; a name that the settings give to a model keeps its meaning."""
+        if listed == self._listed:
+            return
+        self._listed = listed
+        models = {ours: model for ours, model in self._models.items() if ours in self._own}
+        for one in listed:
+            ours = self._settings.prefix + one.id
+            if ours not in models:
+                models[ours] = self._model(ours, one.id, one.max_model_len or one.context_length)
+        self._models = models
+        if self.on_models_changed is not None:
+            self.on_models_changed()
+
+    # a call
+    def answer(self, call: Call) -> Awaitable[None] | None:
         target = call.target
         assert target is not None
-        theirs = self._models[target.model]
-        body = call.body
-        if theirs != call.asked.model:
-            fields = _fields.decode(body)
-            fields["model"] = msgspec.Raw(_encode(theirs))
-            body = _encode(fields)
-        request = self.pool.request(b"POST", _PATHS[call.task.name], self._headers, body)
-        passing = _Passing(self.pool, request, call.reply, call.stream, self._timeout)
-        call.reply.on_close(passing.stop)
-        await passing.ask()
-
-
-class _Passing:
-    """Receives the upstream's answer and pushes it: a stream in whole events, anything else as one piece."""
-
-    __slots__ = (
-        "again", "connection", "done", "heard", "now", "pool", "reply", "request", "rest", "retry", "size", "status",
-        "stream", "timeout", "timer",
-    )  # fmt: skip
-
-    def __init__(self, pool: Pool, request: bytes, reply: Reply, stream: bool, timeout: float) -> None:
-        self.pool, self.request, self.reply, self.stream, self.timeout = pool, request, reply, stream, timeout
-        self.status = 0
-        self.rest: list[bytes] = []  # bytes after the last whole event, or the pieces of an answer so far
-        self.size = 0
-        self.connection: Connection | None = None
-        self.retry: tuple[tuple[str, str], ...] = ()
-        self.done = False  # the upstream has said all it will say
-        loop = asyncio.get_running_loop()
-        self.now = loop.time
-        self.heard = self.now()
-        self.timer = loop.call_at(self.heard + timeout, self.check_silence)
-
-    async def ask(self, fresh: bool = False) -> None:
-        """Sends the request, on a connection that is there unless fresh."""
-        connection = (None if fresh else self.pool.take()) or await self.pool.connect()
-        if self.reply.closed:  # the client left while we connected
-            self.pool.give_back(connection)
-            return
-        self.reply.source = self.connection = connection
-        connection.send(self.request, self)
-        if self.reply.paused:
-            connection.pause_reading()
-
-    def stop(self, outcome: str) -> None:
-        self.timer.cancel()
-        if not self.done and self.connection is not None:
-            self.connection.cancel()
-
-    def check_silence(self) -> None:
-        """Gives up when nothing has come for too long; a client that reads slowly is not the upstream's silence."""
-        loop = asyncio.get_running_loop()
-        if self.reply.paused:
-            self.heard = loop.time()
-        if loop.time() - self.heard < self.timeout:
-            self.timer = loop.call_at(self.heard + self.timeout, self.check_silence)
-            return
-        self._give_up(EngineFailed(f"The upstream said nothing for {self.timeout:g} seconds."))
-
-    def head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        self.status = status
-        self.heard = self.now()
-        if status == 200:
-            if self.stream:
-                self.stream = any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in headers)
-            if self.stream:
-                self.reply.begin(200)
-            return
-        self.stream = False
-        wanted = (b"retry-after", b"retry-after-ms", b"x-should-retry")
-        self.retry = tuple((n.decode("latin-1"), v.decode("latin-1")) for n, v in headers if n in wanted)
-
-    def piece(self, data: bytes) -> None:
-        self.heard = self.now()
-        if self.stream:
-            if self.rest or not data.endswith(b"\n\n"):
-                data = self._whole(data)
-            if data:
-                self.reply.push(data)
-            return
-        self.size += len(data)
-        if self.size > ANSWER_LIMIT:
-            self._give_up(EngineFailed("The upstream's answer is too long."))
-            return
-        self.rest.append(data)
-
-    def _whole(self, data: bytes) -> bytes:
-        """The whole events in what has come; the rest waits."""
-        if self.rest:
-            self.rest.append(data)
-            data = b"".join(self.rest)
-            self.rest.clear()
-        cut = max(data.rfind(b"\n\n") + 2, data.rfind(b"\r\n\r\n") + 4, data.rfind(b"\r\r") + 2)
-        cut = 0 if cut < 5 else cut
-        if cut < len(data):
-            self.rest.append(data[cut:])
-            if len(data) - cut > EVENT_LIMIT:
-                self._give_up(EngineFailed("The upstream sent too long an event."))
-                return b""
-        return data[:cut]
-
-    def _give_up(self, error: TertuliaError) -> None:
-        self.done = True
-        if self.connection is not None:
-            self.connection.cancel()
-        self.reply.fail(error)
-
-    def end(self) -> None:
-        self.done = True
-        reply = self.reply
-        if self.stream:
-            if self.rest:
-                reply.push(b"".join(self.rest) + b"\n\n")
-            reply.close(FINISHED)
-        elif self.status == 200:
-            reply.stream = False
-            reply.begin(200)
-            reply.push(b"".join(self.rest))
-            reply.close(FINISHED)
+        model = self._models.get(target.model)
+        if model is None:  # it was discovered, and is gone
+            raise EngineFailed(f"The upstream does not offer `{target.model}` any more.")
+        asked, body = call.asked, call.body
+        hide = False
+        if call.stream and self._ask_usage:
+            options = asked.stream_options
+            hide = options is None or not options.include_usage
+        if hide or asked.model != model.theirs:
+            body = rewritten(body, None if asked.model == model.theirs else model.theirs, hide)
+        request, size = model.heads[call.task.name], len(body)
+        if size > JOIN_LIMIT:
+            request = b"%s%d\r\n\r\n" % (request, size)
         else:
-            reply.fail(self._refusal(b"".join(self.rest)))
+            request, body = b"%s%d\r\n\r\n%s" % (request, size, body), b""
+        if call.stream:
+            return Stream(self, call, request, body, hide, asked.n or 1).start()
+        return Whole(self, call, request, body).start()
 
-    def _refusal(self, body: bytes) -> TertuliaError:
-        if self.status in (401, 403) or not 400 <= self.status < 600:
-            return EngineFailed(f"The upstream answered with status {self.status}.")
-        try:
-            _error.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            return EngineFailed(f"The upstream answered with status {self.status}.")
-        return UpstreamRefused(self.status, body, self.retry)
+    def inherit(self, other: Upstream) -> None:
+        """Offers what the one it replaces had listed, until it has asked itself."""
+        if self._settings.discover:
+            self._take(other._listed)
 
-    def broken(self, error: TertuliaError) -> None:
-        if isinstance(error, Stale) and not self.reply.closed:
-            self.again = asyncio.get_running_loop().create_task(self._ask_again())
-            return
-        self.done = True
-        self.reply.fail(error)
+    def retire(self) -> None:
+        """No new calls come: it ends with the last that is under way."""
+        self.on_models_changed = None
+        if self._discovery is not None:
+            self._discovery.cancel()
+        self.pool.retire()
 
-    async def _ask_again(self) -> None:
-        """On a new connection, once: only one that had carried a request before can be stale."""
-        try:
-            await self.ask(fresh=True)
-        except TertuliaError as error:
-            self.reply.fail(error)
+    async def close(self) -> None:
+        if self._discovery is not None:
+            self._discovery.cancel()
+        for timeouts in (self.first, self.stall, self.total):
+            if timeouts is not None:
+                timeouts.close()
+        self.pool.close()
+
+
+def rewritten(body: bytes, model: str | None, usage: bool) -> bytes:
+    """The body with another model name (None: its own) and, if usage, asking for the usage of the stream. Whatever else
+    is in it keeps its bytes. The body has been read as an object with fields before."""
+    if model is None and b'"stream_options"' not in body:
+        return body.rstrip()[:-1] + USAGE
+    fields = _fields.decode(body)
+    if model is not None:
+        fields["model"] = msgspec.Raw(encode(model))
+    if usage:
+        options = _options.decode(fields.get("stream_options", b"null")) or {}
+        fields["stream_options"] = msgspec.Raw(encode({**options, "include_usage": True}))
+    return encode(fields)
+
+
+def _pool(name: str, settings: config.Upstream, environment: Mapping[str, str]) -> Pool:
+    where = f"upstreams.{name}"
+    try:
+        parts = urlsplit(settings.base_url)
+        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        return Pool(
+            settings.base_url,
+            connect_timeout=settings.connect_timeout,
+            idle_limit=settings.connections,
+            tls_ca=settings.tls_ca,
+            proxy=proxy_for(parts.scheme, host, port, environment) if host else None,
+            who="upstream",
+        )
+    except (ValueError, UnicodeError):
+        raise SettingsError(f"{where}.base_url: expected an http or https URL, got {settings.base_url!r}") from None
+    except OSError as error:
+        raise SettingsError(f"{where}.tls_ca: {settings.tls_ca} cannot be used ({error.strerror})") from None
+
+
+def _headers(name: str, settings: config.Upstream, key: str | None) -> bytes:
+    """The lines that every request has. Raises SettingsError, without the value, for one that no header can have."""
+    lines = {"content-type": "application/json", "user-agent": "tertulia"}
+    if key:
+        lines["api-key" if settings.kind == "azure" else "authorization"] = (
+            key if settings.kind == "azure" else f"Bearer {key}"
+        )
+    if settings.organization:
+        lines["openai-organization"] = settings.organization
+    if settings.project:
+        lines["openai-project"] = settings.project
+    for header, value in settings.headers.items():
+        lines[header.lower()] = value
+    for header, value in lines.items():
+        clean = header.replace("-", "").replace("_", "").isalnum() and header.isascii()
+        if not clean or not all(" " <= letter <= "~" for letter in value):
+            raise SettingsError(f"upstreams.{name}: the header {header!r}, or its value, cannot be sent")
+        if header in ("host", "content-length", "transfer-encoding", "connection"):
+            raise SettingsError(f"upstreams.{name}.headers: {header} is not for the settings to say")
+    return "".join(f"{header}: {value}\r\n" for header, value in lines.items()).encode("ascii")
+
+
+def _root(settings: config.Upstream) -> str:
+    """What is between the base URL and the paths of the API: nothing, but for Azure OpenAI with an api_version."""
+    path = urlsplit(settings.base_url).path.rstrip("/")
+    classic = settings.kind == "azure" and settings.api_version and not path.endswith("/openai/v1")
+    if not classic or "/openai/deployments/" in path:
+        return ""
+    return "" if path.endswith("/openai") else "/openai"
+
+
+def _deployment(settings: config.Upstream, theirs: str) -> str:
+    """Azure OpenAI's place of a model in the path; "" where models have none."""
+    path = urlsplit(settings.base_url).path.rstrip("/")
+    if settings.kind != "azure" or not settings.api_version or path.endswith("/openai/v1"):
+        return ""
+    return "" if "/openai/deployments/" in path else f"{_root(settings)}/deployments/{quote(theirs, safe='')}"

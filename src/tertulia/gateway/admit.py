@@ -5,11 +5,12 @@ way down and settles with the true figures on the way up.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 
-from ..accounts.limits import Allowance, duration
+from ..accounts.limits import Allowance
 from ..accounts.prices import Prices
-from ..core import Call, Next, Usage
+from ..core import Call, Next
+from ..errors import TertuliaError
 
 BYTES_PER_TOKEN = 4  # how a prompt is estimated before its engine has counted it
 DEFAULT_OUTPUT = 1024  # tokens reserved for an answer without a given maximum
@@ -28,34 +29,53 @@ class Admit:
         self._allowances: dict[str, Allowance] = {}
         self._time = asyncio.get_running_loop().time
 
-    async def __call__(self, call: Call, following: Next) -> None:
-        who, asked, target = call.principal, call.asked, call.target
+    def reload(self, requests: int, tokens: int, spend_limit: int | None, prices: Prices) -> None:
+        """Other limits and prices from now on; what was used and spent stays so."""
+        self._limits, self._prices = (requests, tokens, spend_limit), prices
+        for allowance in self._allowances.values():
+            allowance.limit(requests, tokens, spend_limit)
+
+    def __call__(self, call: Call, following: Next) -> Awaitable[None] | None:
+        who, target, asked, reply = call.principal, call.target, call.asked, call.reply
         assert target is not None
         allowance: Allowance | None = who.state
         now = self._time()
         if allowance is None:
             allowance = who.state = self._allowance(who.organization, who.project, now)
-        prompt = len(call.body) // BYTES_PER_TOKEN
-        output = 0
-        if call.task.name != "embedding":  # no answer is longer than the context, whatever maximum was asked for
-            output = min(_maximum(asked), target.card.context_length or 2**31) * (asked.n or 1)
-        cost = self._prices.cost(target.model, prompt, output)
+        tokens, output = len(call.body) // BYTES_PER_TOKEN, 0
+        if call.task.name != "embedding":
+            output = _maximum(asked) or DEFAULT_OUTPUT
+            longest = target.card.context_length  # no answer is longer, whatever maximum was asked for
+            if longest is not None and output > longest:
+                output = longest
+            if asked.n is not None:
+                output *= asked.n
+        prices = self._prices
+        cost = prices.cost(target.model, tokens, output)
+        tokens += output
         try:
-            allowance.admit(prompt + output, cost, call.model, now)
-        finally:
-            _tell(call, allowance)
-        reply = call.reply
+            reply.headers.append(allowance.admit(tokens, cost, call.model, now))
+        except TertuliaError:
+            reply.headers.append(allowance.headers())
+            raise
 
         def settle(outcome: str) -> None:
-            usage: Usage | None = reply.usage
-            if usage is None:
-                allowance.settle(prompt + output, 0, cost, 0)
-            else:
-                used = usage.prompt_tokens + usage.completion_tokens
-                allowance.settle(prompt + output, used, cost, self._prices.of(target.model, usage))
+            usage = reply.usage
+            if usage is None or call.cache == "hit" or call.cache == "joined":  # nothing was made for this call
+                allowance.settle(tokens, 0, cost, 0)
+                return
+            call.cost = prices.of(call.target.model, usage)  # type: ignore[union-attr]
+            allowance.settle(tokens, usage.prompt_tokens + usage.completion_tokens, cost, call.cost)
 
         reply.on_close(settle)
-        await following(call)
+        return following(call)
+
+    def unclaimed(self, call: Call) -> None:
+        """A shared call has ended that nobody waits for any more: its project pays what was used."""
+        usage, allowance, target = call.reply.usage, call.principal.state, call.target
+        if usage is not None and target is not None and isinstance(allowance, Allowance):
+            call.cost = self._prices.of(target.model, usage)
+            allowance.settle(0, usage.prompt_tokens + usage.completion_tokens, 0, call.cost)
 
     def _allowance(self, organization: str, project: str, now: float) -> Allowance:
         allowance = self._allowances.get(project)
@@ -66,21 +86,6 @@ class Admit:
         return allowance
 
 
-def _maximum(asked: object) -> int:
-    for name in ("max_completion_tokens", "max_tokens"):
-        value = getattr(asked, name, None)
-        if value is not None:
-            return int(value)
-    return DEFAULT_OUTPUT
-
-
-def _tell(call: Call, allowance: Allowance) -> None:
-    requests, tokens = allowance.requests, allowance.tokens
-    call.reply.headers.append(
-        b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-limit-tokens: %d\r\nx-ratelimit-remaining-requests: %d\r\n"
-        b"x-ratelimit-remaining-tokens: %d\r\nx-ratelimit-reset-requests: %s\r\nx-ratelimit-reset-tokens: %s\r\n"
-        % (
-            requests.limit, tokens.limit, max(0, requests.level), max(0, tokens.level),
-            duration(requests.reset()).encode(), duration(tokens.reset()).encode(),
-        )
-    )  # fmt: skip
+def _maximum(asked: object) -> int | None:
+    maximum: int | None = asked.max_tokens  # type: ignore[attr-defined]
+    return maximum if maximum is not None else getattr(asked, "max_completion_tokens", None)

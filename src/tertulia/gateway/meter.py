@@ -4,193 +4,138 @@ became of it. Nothing of a prompt or an answer is written.
 
 from __future__ import annotations
 
-import asyncio
-import os
-import sys
 import time
-from typing import IO
+from collections.abc import Awaitable, Callable
 
-import msgspec
-
-from ..accounts.ledger import Entry, Ledger
-from ..accounts.prices import Prices
+from ..accounts.ledger import Entry, Ledger, line_of
 from ..core import Call, Next, Usage
+from .accesslog import AccessLog
+from .metrics import COUNTER, GAUGE, PAUSES, Histogram, family, histogram
+from .traces import Traces
 
-BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # seconds
-_encode = msgspec.json.Encoder().encode
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = 0
-    reasoning_tokens: int | None = 0
+BYTES_PER_TOKEN = 4  # how a prompt is estimated that its engine has not counted
+NOTHING = Usage()
 
 
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int | None = 0
-    prompt_tokens_details: _Details | None = None
-    completion_tokens_details: _Details | None = None
+_now = time.perf_counter_ns
 
 
-class _Answer(msgspec.Struct):
-    usage: _Usage | None = None
+class Series:
+    """The figures of all calls of one kind that ended alike."""
 
+    __slots__ = ("cached", "calls", "completion", "prompt", "reasoning", "seconds")
 
-_decoder = msgspec.json.Decoder(_Answer)
+    def __init__(self) -> None:
+        self.calls = self.prompt = self.completion = self.cached = self.reasoning = 0
+        self.seconds = Histogram()
+
+    def count(self, usage: Usage, seconds: float) -> None:
+        """One more call, with what it used and how long it took."""
+        self.calls += 1
+        self.prompt += usage.prompt_tokens
+        self.completion += usage.completion_tokens
+        self.cached += usage.cached_tokens
+        self.reasoning += usage.reasoning_tokens
+        self.seconds.observe(seconds)
 
 
 class Meter:
-    """The stage, and the figures it has gathered."""
+    """The stage, and the figures it has gathered. Each part of the server with figures of its own adds its metrics
+    function to sources."""
 
-    def __init__(self, ledger: Ledger, prices: Prices, access_log: AccessLog | None) -> None:
+    def __init__(self, ledger: Ledger, access_log: AccessLog | None = None, traces: Traces | None = None) -> None:
         self._ledger = ledger
-        self._prices = prices
         self._log = access_log
+        self._traces = traces
         self.in_flight = 0
-        self.outcomes: dict[tuple[str, str, str, int], int] = {}  # task, model, outcome, status -> calls
-        self.tokens: dict[tuple[str, str], int] = {}  # model, kind -> tokens
-        self.durations: dict[str, list[float]] = {}  # task -> [count per bucket..., beyond, sum]
+        self.series: dict[tuple[str, str, str, int], Series] = {}  # task, model, outcome, status
+        self.first: dict[str, Histogram] = {}  # task -> seconds to the first piece of a stream
+        self.pauses = Histogram(PAUSES)  # seconds between two pieces of a stream
+        self._pace = self.pauses.observe
+        self.sources: list[Callable[[], list[str]]] = []
 
-    async def __call__(self, call: Call, following: Next) -> None:
-        reply = call.reply
+    def __call__(self, call: Call, following: Next) -> Awaitable[None] | None:
         self.in_flight += 1
-
-        def see(data: bytes) -> None:
-            at = data.rfind(b'"usage":')
-            if at >= 0 and data[at + 8 : at + 12] != b"null":
-                reply.usage = read_usage(data, reply.stream) or reply.usage
-
-        def settle(outcome: str) -> None:
-            self.in_flight -= 1
-            self._record(call, outcome)
-
-        reply.tap(see)
-        reply.on_close(settle)
-        await following(call)
+        reply = call.reply
+        reply.pace = self._pace
+        reply.on_close(lambda outcome: self._record(call, outcome))
+        return following(call)
 
     def _record(self, call: Call, outcome: str) -> None:
-        reply, target = call.reply, call.target
-        nanoseconds = time.perf_counter_ns() - call.began
+        self.in_flight -= 1
+        reply, target, who = call.reply, call.target, call.principal
+        nanoseconds = _now() - call.began
         model = target.model if target is not None else ""
-        usage = reply.usage
-        if usage is not None:
-            self._count_tokens(model, usage)
-        if usage is not None or outcome != "failed":
-            self._ledger.append(self._entry(call, model, outcome, nanoseconds))
-        key = (call.task.name, model, outcome, reply.status)
-        self.outcomes[key] = self.outcomes.get(key, 0) + 1
-        self._observe(call.task.name, nanoseconds / 1e9)
+        usage = reply.usage or NOTHING
+        if usage.estimated and not usage.prompt_tokens:
+            usage = reply.usage = Usage(len(call.body) // BYTES_PER_TOKEN, usage.completion_tokens, estimated=True)
+        task, error = call.task.name, reply.error
+        entry = Entry(
+            call.id, time.time(), who.key_id, who.project, task, call.model, model, reply.status, outcome,
+            nanoseconds // 10_000 / 100, call.stream, usage.prompt_tokens, usage.completion_tokens,
+            usage.cached_tokens, usage.reasoning_tokens, call.cost, call.attempts, call.cache,
+            call.wishes.retry_count, error.code if error is not None else None, usage.estimated, call.client,
+        )  # fmt: skip
+        # what reached no engine and was answered by none is no business of the ledger's
+        line = self._ledger.append(entry) if call.attempts or call.cache else None
+        key = (task, model, outcome, reply.status)
+        series = self.series.get(key)
+        if series is None:
+            series = self.series[key] = Series()
+        series.count(usage, nanoseconds * 1e-9)
+        if call.stream and reply.first:
+            self._observe_first(task, (reply.first - call.began) * 1e-9)
         if self._log is not None:
-            self._log.write(self._line(call, model, outcome, nanoseconds))
+            self._log.write(line or line_of(entry))
+        if self._traces is not None:
+            self._traces.finished(call, outcome, nanoseconds, reply.first - call.began if reply.first else None)
 
-    def _entry(self, call: Call, model: str, outcome: str, nanoseconds: int) -> Entry:
-        who, usage = call.principal, call.reply.usage or Usage()
-        return Entry(
-            call.id, int(time.time()), who.key_id, who.project, call.model, model, usage.prompt_tokens,
-            usage.completion_tokens, usage.cached_tokens, self._prices.of(model, usage), nanoseconds // 1000,
-            call.reply.status, outcome,
-        )  # fmt: skip
+    def unclaimed(self, call: Call, outcome: str) -> None:
+        """A shared call has ended that nobody waits for any more: it is accounted all the same."""
+        self.in_flight += 1  # as every call that is recorded
+        self._record(call, outcome)
 
-    def _line(self, call: Call, model: str, outcome: str, nanoseconds: int) -> bytes:
-        who, reply, usage = call.principal, call.reply, call.reply.usage
-        return _encode(
-            {
-                "at": time.time(), "id": call.id, "client": call.client, "key": who.key_id, "project": who.project,
-                "task": call.task.name, "asked": call.model, "model": model, "stream": call.stream,
-                "status": reply.status, "outcome": outcome, "error": reply.error.code if reply.error else None,
-                "retry": call.retry_count, "ms": nanoseconds // 10_000 / 100,
-                "prompt_tokens": usage.prompt_tokens if usage else None,
-                "completion_tokens": usage.completion_tokens if usage else None,
-            }
-        )  # fmt: skip
-
-    def _count_tokens(self, model: str, usage: Usage) -> None:
-        for kind, count in (("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)):
-            self.tokens[model, kind] = self.tokens.get((model, kind), 0) + count
-
-    def _observe(self, task: str, seconds: float) -> None:
-        counts = self.durations.get(task)
-        if counts is None:
-            counts = self.durations[task] = [0.0] * (len(BUCKETS) + 2)
-        at = 0
-        while at < len(BUCKETS) and seconds > BUCKETS[at]:
-            at += 1
-        counts[at] += 1
-        counts[-1] += seconds
+    def _observe_first(self, task: str, seconds: float) -> None:
+        first = self.first.get(task)
+        if first is None:
+            first = self.first[task] = Histogram()
+        first.observe(seconds)
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""
-        lines = ["# TYPE tertulia_calls_in_flight gauge", f"tertulia_calls_in_flight {self.in_flight}"]
-        lines.append("# TYPE tertulia_calls_total counter")
-        for (task, model, outcome, status), count in self.outcomes.items():
-            labels = f'task="{task}",model="{_label(model)}",outcome="{outcome}",status="{status}"'
-            lines.append(f"tertulia_calls_total{{{labels}}} {count}")
-        lines.append("# TYPE tertulia_tokens_total counter")
-        for (model, kind), count in self.tokens.items():
-            lines.append(f'tertulia_tokens_total{{model="{_label(model)}",kind="{kind}"}} {count}')
-        lines.append("# TYPE tertulia_call_seconds histogram")
-        for task, counts in self.durations.items():
-            below = 0
-            for bound, inside in zip((*BUCKETS, "+Inf"), counts, strict=False):
-                below += int(inside)
-                lines.append(f'tertulia_call_seconds_bucket{{task="{task}",le="{bound}"}} {below}')
-            lines.append(f'tertulia_call_seconds_sum{{task="{task}"}} {counts[-1]:.6f}')
-            lines.append(f'tertulia_call_seconds_count{{task="{task}"}} {below}')
+        lines = [
+            *family("tertulia_calls_in_flight", GAUGE, "Calls that have not ended.", [({}, self.in_flight)]),
+            *family(
+                "tertulia_calls_total", COUNTER, "Calls that have ended.",
+                [
+                    ({"task": task, "model": model, "outcome": outcome, "status": str(status)}, series.calls)
+                    for (task, model, outcome, status), series in self.series.items()
+                ],
+            ),
+            *family("tertulia_tokens_total", COUNTER, "Tokens, as engines counted them.", self._tokens()),
+            *histogram("tertulia_call_seconds", "From a call's first byte to its answer's last.", self._seconds()),
+            *histogram(
+                "tertulia_first_piece_seconds", "From a call's first byte to the first piece of its stream.",
+                [({"task": task}, seen) for task, seen in self.first.items()],
+            ),
+            *histogram("tertulia_pause_seconds", "Between two pieces of a stream.", [({}, self.pauses)]),
+        ]  # fmt: skip
+        for source in self.sources:
+            lines += source()
         return ("\n".join(lines) + "\n").encode()
 
+    def _tokens(self) -> list[tuple[dict[str, str], float]]:
+        sums: dict[tuple[str, str], int] = {}
+        for (_, model, _, _), series in self.series.items():
+            for kind in ("prompt", "completion", "cached", "reasoning"):
+                sums[model, kind] = sums.get((model, kind), 0) + getattr(series, kind)
+        return [({"model": model, "kind": kind}, count) for (model, kind), count in sums.items() if count]
 
-def read_usage(data: bytes, stream: bool) -> Usage | None:
-    """The usage in an answer's body, or in the last event of a piece that has one."""
-    for line in reversed(data.splitlines()) if stream else (data,):  # whichever line ends an upstream uses
-        if b'"usage":' not in line:
-            continue
-        try:
-            usage = _decoder.decode(line.partition(b"data:")[2] if stream else line).usage
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            continue
-        if usage is not None:
-            details, more = usage.prompt_tokens_details, usage.completion_tokens_details
-            return Usage(
-                usage.prompt_tokens,
-                usage.completion_tokens or 0,
-                (details.cached_tokens or 0) if details else 0,
-                (more.reasoning_tokens or 0) if more else 0,
-            )
-    return None
-
-
-def _label(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-class AccessLog:
-    """Lines of JSON to a file or standard error, gathered and written every quarter of a second, off the hot path."""
-
-    def __init__(self, path: str) -> None:
-        self._lines: list[bytes] = []
-        self._file: IO[bytes] = sys.stderr.buffer if path == "-" else open(path, "ab", opener=_private)  # noqa: SIM115
-        self._timer: asyncio.TimerHandle | None = None
-
-    def write(self, line: bytes) -> None:
-        self._lines.append(line)
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(0.25, self.flush)
-
-    def flush(self) -> None:
-        """Writes what has gathered; an error is told on standard error and ends nothing."""
-        self._timer = None
-        lines, self._lines = self._lines, []
-        try:
-            self._file.write(b"\n".join(lines) + b"\n")
-            self._file.flush()
-        except OSError as error:  # a full disk must not end a call; what happened goes to standard error
-            print(f"tertulia: the access log cannot be written ({error.strerror})", file=sys.stderr)
-
-    def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self.flush()
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    def _seconds(self) -> list[tuple[dict[str, str], Histogram]]:
+        """By task: what the series of a task have seen, put together."""
+        sums: dict[str, Histogram] = {}
+        for (task, _, _, _), series in self.series.items():
+            seen = sums.setdefault(task, Histogram())
+            seen.counts = [one + other for one, other in zip(seen.counts, series.seconds.counts, strict=True)]
+            seen.sum += series.seconds.sum
+        return [({"task": task}, seen) for task, seen in sums.items()]

@@ -1,18 +1,24 @@
-"""What a model name means: a model of ours, a preset, or an alias such as OpenAI's names.
+"""What a model name means: a route, a model, a preset, or an alias such as OpenAI's names; and who may answer for it.
 
-The order is: a model or preset of exactly that name, a configured alias (exact, then patterns in the order of the
-file), OpenAI's names if the server is not strict. Nothing else: an unknown name is a 404, never a guess.
+The order is: a route, a model or a preset of exactly that name, a configured alias (exact, then patterns in the order
+of the file), OpenAI's names if the server is not strict. Nothing else: an unknown name is a 404, never a guess.
+
+Who may answer is a Plan. A model that several upstreams list has as many legs in one group; a route has what is
+configured; where an upstream answers, the models of the setting `fallback` come after it. A model of this machine is
+answered by nobody else unless a route says so.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import msgspec
 
-from ..core import Call, ModelCard, Preset, Target
+from ..config import Route, Settings
+from ..core import Call, Leg, ModelCard, Plan, Preset, Target
 from ..engines.base import Engine
 from ..errors import BadRequest, ModelNotFound, SettingsError
 
@@ -52,22 +58,59 @@ class Names:
         aliases: Mapping[str, str],
         defaults: Mapping[str, str],
         strict: bool = False,
+        *,
+        routes: Mapping[str, Route] | None = None,
+        fallback: Sequence[str] = (),
+        retries: int = 2,
+        on_break: str = "error",
     ) -> None:
         """defaults: {"chat": NAME, "embedding": NAME}. Raises SettingsError for a name that leads nowhere."""
         self._engines = list(engines)
         self._presets = dict(presets)
+        self._routes, self._fallback = dict(routes or {}), list(fallback)
+        self._retries, self._on_break = retries, on_break
         patterns = [] if strict else [(name, defaults.get(kind, "")) for name, kind in OPENAI_NAMES]
         self._exact = {name: model for name, model in aliases.items() if not _is_pattern(name)}
         self._patterns = [(name, model) for name, model in aliases.items() if _is_pattern(name)] + patterns
         self._started = int(time.time())
-        self._known: dict[str, Target] = {}
-        self._cards: dict[str, tuple[Engine, ModelCard]] = {}
+        self._known: dict[str, Plan] = {}
+        self._cards: dict[str, tuple[tuple[Engine, ModelCard], ...]] = {}
+        self._checked = False
+        self._offer()
         self.refresh()
         self._check()
+        self._checked = True
         for kind, model in defaults.items():
-            target = self._find(model, 0)  # None: not fetched yet
-            if target is not None and not serves(target.card, kind):
-                raise SettingsError(f"{kind}_model: {wrong_kind(model, target.card, kind)}")
+            plan = self._find(model, 0)  # None: not fetched yet
+            if plan is not None and not serves(card := plan.groups[0][0].target.card, kind):
+                raise SettingsError(f"{kind}_model: {wrong_kind(model, card, kind)}")
+
+    @classmethod
+    def of(cls, settings: Settings, engines: Sequence[Engine]) -> Names:
+        """As the settings have it. Raises SettingsError."""
+        defaults = {CHAT: settings.chat_model, EMBEDDING: settings.embedding_model}
+        return cls(
+            engines, settings.presets, settings.aliases, defaults, settings.strict_models, routes=settings.routes,
+            fallback=settings.fallback, retries=settings.retries, on_break=settings.on_break,
+        )  # fmt: skip
+
+    def replace(self, other: Names) -> None:
+        """From now on names mean what they mean to other; calls under way keep their plans."""
+        self.__dict__.update(other.__dict__)
+
+    def _offer(self) -> None:
+        """Has upstreams offer what routes name by the upstream's own names."""
+        upstreams = {getattr(engine, "name", ""): engine for engine in self._engines}
+        for name, route in self._routes.items():
+            for at, target in enumerate(route.targets):
+                if target.upstream is None:
+                    continue
+                engine = upstreams.get(target.upstream) if target.upstream else None
+                if engine is None:
+                    setting = f"routes.{name}.targets[{at}].upstream"
+                    raise SettingsError(f"{setting}: there is no upstream {target.upstream!r}")
+                if all(card.id != target.model for card in engine.models()):
+                    engine.offer(target.model)  # type: ignore[attr-defined]  # upstreams have it
 
     def _check(self) -> None:
         for name, preset in self._presets.items():
@@ -77,6 +120,10 @@ class Names:
             self._check_way(f"presets.{name}.model", name, preset.model)
         for name, model in self._exact.items():
             self._check_way(f"aliases.{name}", name, model)
+        for name in self._routes:
+            self._routed(name)
+        for at, name in enumerate(self._fallback):
+            self._legs(name, f"fallback[{at}]")
 
     def _check_way(self, setting: str, name: str, model: str) -> None:
         """Raises SettingsError if name, which stands for model, leads nowhere or in a circle."""
@@ -92,53 +139,156 @@ class Names:
         raise SettingsError(f"{setting}: it is a circle: {' -> '.join([*way, step])}")
 
     def refresh(self) -> None:
-        """Asks the engines again what they serve."""
-        self._cards = {card.id: (engine, card) for engine in self._engines for card in engine.models()}
+        """Asks the engines again what they serve. Upstreams share a name; a model of this machine has its own alone."""
+        cards: dict[str, list[tuple[Engine, ModelCard]]] = {}
+        for engine in self._engines:
+            for card in engine.models():
+                cards.setdefault(card.id, []).append((engine, card))
+        for id, found in cards.items():
+            ours = [(engine, card) for engine, card in found if not _is_far(card)]
+            if ours:
+                cards[id] = ours[-1:]
+        self._cards = {id: tuple(found) for id, found in cards.items()}
         self._known.clear()
 
     def resolve(self, call: Call, model: str) -> None:
-        """Sets call.target, and applies the preset if the name is one. Raises ModelNotFound."""
-        call.target = target = self.find(model)
+        """Sets call.plan and call.target, and applies the preset if the name is one. Raises ModelNotFound."""
+        call.plan = plan = self._known.get(model) or self.plan(model)
+        call.target = target = plan.groups[0][0].target
         if target.preset is not None:
             if call.task.name == EMBEDDING:
                 raise BadRequest(f"The preset `{model}` does not embed.", param="model")
             _apply(call, target.preset)
 
     def find(self, model: str) -> Target:
-        """What answers for model. Raises ModelNotFound."""
-        target = self._known.get(model)
-        if target is None:
-            target = self._find(model, 0)
-            if target is None:
+        """What answers for model, or would at first. Raises ModelNotFound."""
+        return self.plan(model).groups[0][0].target
+
+    def plan(self, model: str) -> Plan:
+        """Who may answer for model. Raises ModelNotFound."""
+        plan = self._known.get(model)
+        if plan is None:
+            plan = self._find(model, 0)
+            if plan is None:
                 raise ModelNotFound(model)
             if len(self._known) >= KNOWN_LIMIT:
                 self._known.clear()
-            self._known[model] = target
-        return target
+            self._known[model] = plan
+        return plan
 
-    def _find(self, model: str, depth: int) -> Target | None:
-        if depth > 8:  # an alias or preset that leads back to itself
+    def _find(self, model: str, depth: int) -> Plan | None:
+        name = self._means(model)
+        if name is None or depth > 8:  # or a preset that leads back to itself
             return None
-        if model in self._cards:
-            engine, card = self._cards[model]
-            return Target(engine, model, card)
-        if model in self._presets:
-            preset = self._presets[model]
-            base = self._find(preset.model, depth + 1)
-            if base is None:
+        if name in self._routes:
+            return self._routed(name)
+        if name in self._cards:
+            return self._plan(name, [self._of_model(name)])
+        preset = self._presets[name]
+        base = self._find(preset.model, depth + 1)
+        return None if base is None else _with_preset(base, preset)
+
+    def _means(self, model: str) -> str | None:
+        """The route, model or preset that a name stands for, through aliases; None if it leads nowhere."""
+        for _ in range(8):  # an alias that leads back to itself
+            if model in self._routes or model in self._cards or model in self._presets:
+                return model
+            following = self._exact.get(model)
+            if following is None:
+                fits = (name for pattern, name in self._patterns if name != model and fnmatchcase(model, pattern))
+                following = next(fits, None)
+            if not following:
                 return None
-            return Target(base.engine, base.model, base.card, _merge(base.preset, preset))
-        if model in self._exact:
-            return self._find(self._exact[model], depth + 1)
-        for pattern, name in self._patterns:
-            if name != model and fnmatchcase(model, pattern):
-                return self._find(name, depth + 1) if name else None
+            model = following
         return None
+
+    def _of_model(self, model: str, weight: float = 1.0, upstream: str | None = None) -> list[Leg]:
+        """The legs of a model: one, or one for each upstream that has it; weight is of all of them together."""
+        found = self._cards.get(model, ())
+        if upstream is not None:
+            found = tuple((engine, card) for engine, card in found if getattr(engine, "name", "") == upstream)
+        return [Leg(Target(engine, model, card), weight / len(found)) for engine, card in found]
+
+    def _legs(self, model: str, setting: str, weight: float = 1.0) -> list[Leg]:
+        """Who answers for a name in a route's targets or in a fallback. Raises SettingsError.
+
+        Once it has been checked, a name that leads nowhere any more (an upstream lists it no longer) has no legs.
+        """
+        name = model if model in self._cards else self._means(model)
+        if name in self._cards:
+            return self._of_model(name, weight)
+        if self._checked:
+            return self._targets(name) if name in self._routes else []
+        if name is None:
+            raise SettingsError(f"{setting}: there is no model {model!r}")
+        if name in self._presets:
+            raise SettingsError(f"{setting}: {model!r} is a preset; name its model, {self._presets[name].model!r}")
+        if ".targets[" in setting:
+            raise SettingsError(f"{setting}: {model!r} is a route; name its targets")
+        return self._targets(name)
+
+    def _targets(self, name: str) -> list[Leg]:
+        """The legs of a route's targets. Raises SettingsError if it names what is not there."""
+        legs = []
+        for at, target in enumerate(self._routes[name].targets):
+            setting = f"routes.{name}.targets[{at}].model"
+            if target.upstream is None:
+                legs += self._legs(target.model, setting, target.weight)
+                continue
+            model = self._ours(target.upstream, target.model)
+            found = self._of_model(model, target.weight, target.upstream)
+            if not found and not self._checked:
+                raise SettingsError(f"{setting}: a model of this machine is called {model!r}")
+            legs += found
+        return legs
+
+    def _routed(self, name: str) -> Plan | None:
+        """The plan of a route; None if none of its targets is there any more. Raises SettingsError."""
+        route, groups = self._routes[name], [self._targets(name)]
+        for at, model in enumerate(route.fallback):
+            setting = f"routes.{name}.fallback[{at}]"
+            if model == name and model not in self._cards:
+                raise SettingsError(f"{setting}: {model!r} is this route itself")
+            groups.append(self._legs(model, setting))
+        groups = [group for group in groups if group]
+        return self._plan(name, groups, route) if groups else None
+
+    def _ours(self, upstream: str, model: str) -> str:
+        """Our name for a model that an upstream calls so, or that we call so."""
+        engine = next(engine for engine in self._engines if getattr(engine, "name", "") == upstream)
+        if any(card.id == model for card in engine.models()):
+            return model
+        return str(engine.offer(model))  # type: ignore[attr-defined]  # upstreams have it
+
+    def _plan(self, name: str, groups: list[list[Leg]], route: Route | None = None) -> Plan:
+        if _is_far(groups[0][0].target.card):
+            groups = groups + [self._legs(model, f"fallback[{at}]") for at, model in enumerate(self._fallback)]
+        taken: set[tuple[int, str]] = set()
+        kept = []
+        for group in groups:
+            fresh = []
+            for leg in group:
+                who = (id(leg.target.engine), leg.target.model)
+                if who not in taken:
+                    taken.add(who)
+                    fresh.append(leg)
+            if fresh:
+                kept.append(tuple(fresh))
+        return Plan(
+            name=name,
+            groups=tuple(kept),
+            balance=route.balance if route else "weighted",
+            retries=self._retries if route is None or route.retries is None else route.retries,
+            on_break=self._on_break if route is None or route.on_break is None else route.on_break,
+            timeout=route.timeout if route else None,
+            cache=route.cache if route else None,
+            revision=_revision(kept, None),
+        )
 
     def listed(self) -> list[ModelCard]:
         """Every model, preset and exact alias, as GET /v1/models shows them."""
-        cards = {name: self._dated(card) for name, (_, card) in self._cards.items()}
-        for name in [*self._presets, *self._exact]:
+        cards = {name: self._dated(found[0][1]) for name, found in self._cards.items()}
+        for name in [*self._routes, *self._presets, *self._exact]:
             if name not in cards:
                 cards[name] = msgspec.structs.replace(self._dated(self.find(name).card), id=name)
         return list(cards.values())
@@ -163,6 +313,31 @@ def wrong_kind(name: str, card: ModelCard, kind: str) -> str:
     """What to say of a default model that cannot do what it is the default for."""
     right = "embedding_model" if card.kind == EMBEDDING else "chat_model"
     return f"{name!r} is no model for {'embeddings' if kind == EMBEDDING else 'chat'}; did you mean {right}?"
+
+
+def _is_far(card: ModelCard) -> bool:
+    return card.source.startswith("upstream:")
+
+
+def _with_preset(base: Plan, preset: Preset) -> Plan:
+    """The plan of the preset's model, with the preset for whoever answers."""
+    whole = _merge(base.groups[0][0].target.preset, preset)
+    groups = [
+        tuple(Leg(Target(leg.target.engine, leg.target.model, leg.target.card, whole), leg.weight) for leg in group)
+        for group in base.groups
+    ]
+    return msgspec.structs.replace(base, groups=tuple(groups), revision=_revision(groups, whole))
+
+
+def _revision(groups: Sequence[Sequence[Leg]], preset: Preset | None) -> str:
+    """Stands for everything an answer depends on beside the request: who answers, with which model and preset."""
+    who = []
+    for group in groups:
+        for leg in group:
+            engine, card = leg.target.engine, leg.target.card
+            theirs = engine.theirs(leg.target.model) if hasattr(engine, "theirs") else leg.target.model
+            who.append((type(engine).__name__, getattr(engine, "name", ""), theirs, card.sha256, card.source))
+    return hashlib.sha256(msgspec.json.encode((who, preset))).hexdigest()[:12]
 
 
 def _is_pattern(name: str) -> bool:
@@ -194,9 +369,9 @@ def _apply(call: Call, preset: Preset) -> None:
     for name, value in preset.parameters.items():
         if all(body.get(same) is None for same in (name, *SAME.get(name, ()))):
             body[name] = value
-    asked, target = call.model, call.target
+    asked, target, plan = call.model, call.target, call.plan
     assert target is not None
     body["model"] = target.model
     call.body = msgspec.json.encode(body)
     call.task.check(call)  # resolves the base model, which has no preset
-    call.model, call.target = asked, target
+    call.model, call.target, call.plan = asked, target, plan

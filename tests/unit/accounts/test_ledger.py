@@ -15,7 +15,9 @@ from tertulia.errors import SettingsError
 
 
 def entry(id: str = "req_1", project: str = "proj_1", cost: int = 5, at: float | None = None) -> Entry:
-    return Entry(id, int(at or time.time()), "key_1", project, "gpt-4o", "mock", 3, 4, 0, cost, 1500, 200, "finished")
+    return Entry(
+        id, at or time.time(), "key_1", project, "chat", "gpt-4o", "mock", 200, "finished", 1.5, False, 3, 4, cost=cost
+    )
 
 
 @pytest.fixture
@@ -39,8 +41,9 @@ def test_only_this_month_counts(ledger: Ledger) -> None:
 
 def test_a_cut_last_line_is_ignored(ledger: Ledger, tmp_path: Path) -> None:
     ledger.append(entry(cost=1))
+    ledger.close()
     with open(tmp_path / "ledger.jsonl", "ab") as file:
-        file.write(b'["req_2",17')
+        file.write(b'{"id":"req_2",')
     assert Ledger(tmp_path).spent() == {"proj_1": 1}
 
 
@@ -48,12 +51,17 @@ def test_a_damaged_line_is_told_and_keeps_nobody_from_starting(
     ledger: Ledger, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ledger.append(entry(cost=1))
+    ledger.close()
     with open(tmp_path / "ledger.jsonl", "ab") as file:
-        file.write(b'["req_2",17["req_3"]\n\xff\n')
+        file.write(b'{"id":"req_2"{"id":\n\xff\n')
+    ledger = Ledger(tmp_path)
     ledger.append(entry(cost=2))
     with caplog.at_level(logging.WARNING):
         assert ledger.spent() == {"proj_1": 3}
-    assert [record.getMessage()[:7] for record in caplog.records] == ["line 2 ", "line 3 "]
+        with open(tmp_path / "ledger.jsonl", "wb") as file:
+            file.write(b"x\n" * 1000)
+        assert ledger.spent() == {}
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == ["2, 3", "1, 2, 3 and 997 more"]
 
 
 def test_prices_are_integers_of_a_billionth_dollar() -> None:

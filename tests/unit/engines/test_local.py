@@ -264,6 +264,19 @@ def test_hints_and_extras_are_accepted(bench: Bench) -> None:
     assert answer.usage.completion_tokens_details.accepted_prediction_tokens == 0
 
 
+def test_the_last_message_may_be_the_beginning_of_the_answer(bench: Bench) -> None:
+    begun = [*HELLO, {"role": "assistant", "content": "One, two, three,"}]
+    turn = bench.chat(messages=begun, temperature=0, max_tokens=4)
+    more = bench.chat(
+        messages=begun, temperature=0, max_tokens=4, continue_final_message=True, add_generation_prompt=False
+    )
+    assert more.usage.prompt_tokens < turn.usage.prompt_tokens  # nothing stands between it and its continuation
+    assert not more.choices[0].message.content.startswith("One, two")
+    for wrong in ({"messages": HELLO, "continue_final_message": True}, {"add_generation_prompt": False}):
+        with pytest.raises(BadRequest):
+            bench.chat(**wrong)
+
+
 def test_a_prompt_that_does_not_fit_is_refused_with_the_true_counts(bench: Bench) -> None:
     for stream in (False, True):
         body, call = bench.ask(chat, messages=[{"role": "user", "content": "word " * 9000}], stream=stream)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tertulia.api import chat, completions, embeddings
-from tertulia.core import NOBODY, Call, ModelCard, Preset, Reply, Task
+from tertulia.config import load
+from tertulia.core import NOBODY, Call, ModelCard, Plan, Preset, Reply, Task
 from tertulia.engines.base import Collector
 from tertulia.errors import BadRequest, ModelNotFound, SettingsError
 from tertulia.gateway.names import KNOWN_LIMIT, Names
@@ -246,3 +247,159 @@ def test_a_presets_own_mistake_names_its_parameter() -> None:
     with pytest.raises(BadRequest) as error:
         asked(chat, {"model": "p", "messages": HELLO}, {"p": Preset(model="small", parameters={"temperature": 9})})
     assert error.value.param == "temperature"
+
+
+# Plans ------------------------------------------------------------------------------------------------------------
+
+
+class Far(Shelf):
+    """An upstream that only lists models: ours to theirs."""
+
+    def __init__(self, name: str, **models: str) -> None:
+        self.name, self.pairs = name, dict(models)
+        super().__init__()
+
+    def models(self) -> Sequence[ModelCard]:
+        return [ModelCard(id=ours, kind="chat", source=f"upstream:{self.name}") for ours in self.pairs]
+
+    def offer(self, theirs: str) -> str:
+        for ours, known in self.pairs.items():
+            if known == theirs:
+                return ours
+        self.pairs[f"{self.name}/{theirs}"] = theirs
+        return f"{self.name}/{theirs}"
+
+    def theirs(self, model: str) -> str:
+        return self.pairs[model]
+
+
+def planned(engines: Sequence[Any], **settings: Any) -> Names:
+    given = {"chat_model": "small", "embedding_model": "vectors", **settings}
+    return Names.of(load(given, {}), engines)
+
+
+def shape(plan: Plan) -> list[list[str]]:
+    """Who may answer, as UPSTREAM:MODEL*WEIGHT."""
+    return [
+        [f"{getattr(leg.target.engine, 'name', '')}:{leg.target.model}*{leg.weight:g}" for leg in group]
+        for group in plan.groups
+    ]
+
+
+def test_a_model_of_this_machine_has_itself_alone() -> None:
+    it = planned([SHELF, Far("u", big="b")], fallback=["large"], retries=5, on_break="continue")
+    plan = it.plan("gpt-4o")
+    assert shape(plan) == [[":small*1"]] and (plan.name, plan.balance, plan.retries) == ("small", "weighted", 5)
+    assert plan.on_break == "continue" and plan.timeout is None and plan.cache is None
+    assert it.find("small") is it.plan("small").groups[0][0].target
+
+
+def test_upstreams_that_list_the_same_model_share_it() -> None:
+    it = planned([SHELF, Far("u", big="b"), Far("v", big="c")], fallback=["large", "big"])
+    assert shape(it.plan("big")) == [["u:big*0.5", "v:big*0.5"], [":large*1"]]  # nobody is named twice
+    clash = planned([Far("u", small="b"), SHELF])
+    assert shape(clash.plan("small")) == [[":small*1"]]  # ours is nobody else's
+    assert len(clash.listed()) == 4
+
+
+def test_a_route_and_its_fallbacks() -> None:
+    far, other = Far("u", big="b"), Far("v", big="c", huge="h")
+    route = {
+        "targets": [
+            {"model": "huge", "weight": 3}, {"model": "b", "upstream": "u"}, {"model": "new", "upstream": "v"},
+            {"model": "quick"}, {"model": "big"},
+        ],
+        "fallback": ["large"], "balance": "fastest", "retries": 0, "on_break": "continue", "timeout": 3.0,
+        "cache": "off",
+    }  # fmt: skip
+    it = planned(
+        [SHELF, far, other], routes={"r": route}, aliases={"quick": "small", "best": "r"}, fallback=["vectors"]
+    )
+    plan = it.plan("best")
+    assert shape(plan) == [["v:huge*3", "u:big*1", "v:v/new*1", ":small*1", "v:big*0.5"], [":large*1"], [":vectors*1"]]
+    assert (plan.name, plan.balance, plan.retries, plan.on_break) == ("r", "fastest", 0, "continue")
+    assert (plan.timeout, plan.cache) == (3.0, "off")
+    assert it.find("v/new").model == "v/new" and "r" in [card.id for card in it.listed()]
+
+
+def test_a_route_may_have_the_name_of_its_model() -> None:
+    far = Far("u", big="b")
+    it = planned([SHELF, far], routes={"big": {"targets": [{"model": "big"}], "fallback": ["small"]}})
+    assert shape(it.plan("big")) == [["u:big*1"], [":small*1"]]
+
+
+def test_a_fallback_may_be_a_route_or_an_alias() -> None:
+    routes = {"r": {"targets": [{"model": "small"}, {"model": "large"}]}}
+    it = planned([SHELF, Far("u", big="b")], routes=routes, aliases={"a": "r"}, fallback=["a"])
+    assert shape(it.plan("big")) == [["u:big*1"], [":small*1", ":large*1"]]
+    far = planned([SHELF, Far("u", big="b", other="o")], aliases={"a": "other"}, fallback=["a"])
+    assert shape(far.plan("big")) == [["u:big*1"], ["u:other*1"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"routes": {"x": {"targets": [{"model": "no"}]}}}, "routes.x.targets[0].model: there is no model 'no'"),
+        ({"routes": {"x": {"targets": [{"model": "small"}, {"model": "b", "upstream": "w"}]}}},
+         "routes.x.targets[1].upstream: there is no upstream 'w'"),
+        ({"routes": {"x": {"targets": [{"model": "small"}], "fallback": ["no"]}}},
+         "routes.x.fallback[0]: there is no model 'no'"),
+        ({"routes": {"x": {"targets": [{"model": "small"}], "fallback": ["x"]}}},
+         "routes.x.fallback[0]: 'x' is this route itself"),
+        ({"routes": {"x": {"targets": [{"model": "y"}]}, "y": {"targets": [{"model": "small"}]}}},
+         "routes.x.targets[0].model: 'y' is a route; name its targets"),
+        ({"routes": {"x": {"targets": [{"model": "y"}]}}, "aliases": {"y": "x"}},
+         "routes.x.targets[0].model: 'y' is a route; name its targets"),
+        ({"fallback": ["small", "no"]}, "fallback[1]: there is no model 'no'"),
+        ({"fallback": ["p"], "presets": {"p": {"model": "small"}}},
+         "fallback[0]: 'p' is a preset; name its model, 'small'"),
+    ],
+)  # fmt: skip
+def test_what_a_route_names_must_be_there(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        planned([SHELF, Far("u", big="b")], **settings)
+    assert error.value.message == said
+
+
+def test_a_target_that_an_upstream_lists_no_longer_is_left_out() -> None:
+    far = Far("u", big="b", old="o")
+    routes = {"r": {"targets": [{"model": "old"}, {"model": "big"}]}, "s": {"targets": [{"model": "old"}]}}
+    it = planned([SHELF, far], routes=routes)
+    del far.pairs["old"]
+    it.refresh()
+    assert shape(it.plan("r")) == [["u:big*1"]]
+    with pytest.raises(ModelNotFound):
+        it.plan("s")
+
+
+def test_a_preset_is_for_whoever_answers() -> None:
+    routes = {"r": {"targets": [{"model": "big"}], "fallback": ["small"], "retries": 1}}
+    it = planned([SHELF, Far("u", big="b")], routes=routes, presets={"poet": {"model": "r", "system": "Rhyme."}})
+    plan = it.plan("poet")
+    assert shape(plan) == [["u:big*1"], [":small*1"]] and plan.retries == 1
+    assert all(leg.target.preset is not None for group in plan.groups for leg in group)
+    task = chat.task(it.resolve)
+    call = Call("req_1", NOBODY, task, json.dumps({"model": "poet", "messages": HELLO}).encode(), Reply(Collector()), 0)
+    task.check(call)
+    assert call.plan is plan and call.target is plan.groups[0][0].target
+
+
+def test_the_revision_stands_for_what_an_answer_depends_on() -> None:
+    def revision(name: str = "m", theirs: str = "b", preset: str | None = None, **settings: Any) -> str:
+        presets = {"p": {"model": "m", "system": preset}} if preset else {}
+        it = planned([SHELF, Far("u", m=theirs)], presets=presets, **settings)
+        return it.plan("p" if preset else name).revision
+
+    assert revision() == revision() != "" and revision(retries=5) == revision()
+    others = [revision(theirs="c"), revision(preset="x"), revision(preset="y"), revision(fallback=["small"])]
+    others.append(revision("small"))
+    assert len({*others, revision()}) == 6
+
+
+def test_names_are_replaced_under_way() -> None:
+    it = planned([SHELF])
+    resolve, old = it.resolve, it.plan("gpt-4o")
+    it.replace(planned([SHELF], chat_model="large"))
+    call = Call("req_1", NOBODY, chat.task(resolve), b"", Reply(Collector()), 0)
+    resolve(call, "gpt-4o")
+    assert call.target is not None and call.target.model == "large" and old.groups[0][0].target.model == "small"

@@ -14,17 +14,18 @@ import pytest
 from tertulia.accounts.ledger import Ledger
 from tertulia.accounts.prices import NANO, Prices
 from tertulia.api import chat, embeddings
+from tertulia.config import Settings
 from tertulia.core import CLIENT_LEFT, FINISHED, Call, ModelCard, Next, Principal, Reply, Usage
 from tertulia.engines.base import Collector
 from tertulia.engines.mock import Mock
 from tertulia.errors import BadRequest, EngineFailed, QuotaExceeded, RateLimited, Unauthorized
+from tertulia.gateway.accesslog import AccessLog
 from tertulia.gateway.admit import Admit
-from tertulia.gateway.cache import cache
-from tertulia.gateway.guard import guard
-from tertulia.gateway.meter import AccessLog, Meter
+from tertulia.gateway.cache import Cache
+from tertulia.gateway.meter import Meter
 from tertulia.gateway.names import Names
 from tertulia.gateway.pipeline import Pipeline, check, compose
-from tertulia.gateway.route import route
+from tertulia.gateway.route import Route
 
 
 class Wire(Collector):
@@ -36,6 +37,16 @@ class Wire(Collector):
         self.headers = dict(line.split(": ", 1) for line in lines if line)
 
 
+async def through(pipeline: Pipeline, call: Call) -> None:
+    rest = pipeline.run(call)
+    if rest is not None:
+        await rest
+
+
+def counted(meter: Meter) -> dict[tuple[str, str, str, int], int]:
+    return {key: series.calls for key, series in meter.series.items()}
+
+
 class House:
     """The stages as the server builds them, around one engine."""
 
@@ -43,14 +54,16 @@ class House:
         self.data = data
         self.engine = engine or Mock()
         self.ledger = Ledger(data)
+        self.cache = Cache(Settings(cache=limits.pop("cache", "deterministic")), data)
         prices = Prices({"mock": {"input": 1000.0, "output": 1000.0}})  # a token is a million nano-dollars
         self.log = AccessLog(str(data / "access.log"))
-        self.meter = Meter(self.ledger, prices, self.log)
+        self.meter = Meter(self.ledger, self.log)
         spent = limits.pop("spent", {})
         self.admit = Admit(limits.get("requests", 100), limits.get("tokens", 10**6), limits.get("spend"), prices, spent)
         names = Names([self.engine], {}, {}, {"chat": "mock", "embedding": "mock-embedding"})
         self.tasks = {make.__name__.rsplit(".")[-1]: make.task(names.resolve) for make in (chat, embeddings)}
-        stages = [self.meter, check, self.admit, guard, cache, route(limits.get("timeout", 5.0))]
+        route = Route(Settings(request_timeout=limits.get("timeout", 5.0)), names)
+        stages = [self.meter, check, self.admit, self.cache, route]
         self.pipeline = Pipeline(stages)
         self.who = Principal("key_1", "org-1", "proj_1")
 
@@ -61,7 +74,7 @@ class House:
 
     async def ask(self, body: dict[str, Any] | bytes, task: str = "chat") -> tuple[Call, Wire]:
         call, wire = self.call(body, task)
-        await self.pipeline.run(call)
+        await through(self.pipeline, call)
         await asyncio.wait_for(wire.done(), 5)
         return call, wire
 
@@ -74,22 +87,22 @@ def test_stages_run_outermost_first_and_see_the_answer_innermost_first() -> None
     told: list[str] = []
 
     def stage(name: str) -> Any:
-        async def run(call: Call, following: Next) -> None:
+        def run(call: Call, following: Next) -> Any:
             told.append(f"{name} down")
             call.reply.tap(lambda data: told.append(f"{name} sees"))
             call.reply.on_close(lambda outcome: told.append(f"{name} closes"))
-            await following(call)
+            return following(call)
 
         return run
 
-    async def engine(call: Call, following: Next) -> None:
+    def engine(call: Call, following: Next) -> None:
         call.reply.begin()
         call.reply.push(b"x")
         call.reply.close()
 
     async def run() -> None:
         call = Call("req_1", Principal("", "", ""), None, b"", Reply(Collector()), 0)  # type: ignore[arg-type]
-        await Pipeline([stage("a"), stage("b"), stage("c"), engine]).run(call)
+        await through(Pipeline([stage("a"), stage("b"), stage("c"), engine]), call)
 
     asyncio.run(run())
     assert told == [
@@ -131,7 +144,7 @@ def test_an_answer_with_everything_around_it(tmp_path: Path) -> None:
         "mock",
     )
     assert (entry.prompt_tokens, entry.completion_tokens, entry.cost, entry.status) == (3, 3, 6_000_000, 200)
-    house.log.flush()
+    house.log.close()
     (line,) = (tmp_path / "access.log").read_text().splitlines()
     said = json.loads(line)
     assert (said["id"], said["task"], said["outcome"], said["completion_tokens"]) == ("req_1", "chat", FINISHED, 3)
@@ -166,7 +179,7 @@ def test_a_refusal_by_a_limit_is_recorded_and_says_where_one_stands(
         house = House(tmp_path, **limits)
         if kind is RateLimited:
             call, wire = house.call(ask(mock={"delay": 5}))
-            running = asyncio.create_task(house.pipeline.run(call))
+            running = asyncio.create_task(through(house.pipeline, call))
             await asyncio.sleep(0.05)  # holds what it reserved
         refused, wire = await house.ask(ask())
         assert type(refused.reply.error) is kind and wire.status == 429
@@ -174,7 +187,7 @@ def test_a_refusal_by_a_limit_is_recorded_and_says_where_one_stands(
             assert wire.headers["x-ratelimit-remaining-requests"] == remaining
         assert wire.headers["x-should-retry"] == ("true" if kind is RateLimited else "false")
         assert ("retry-after" in wire.headers) == (kind is RateLimited)
-        assert house.meter.outcomes[("chat", "mock", "failed", 429)] == 1
+        assert counted(house.meter)[("chat", "mock", "failed", 429)] == 1
         if kind is RateLimited:
             call.reply.close(CLIENT_LEFT)
             await running
@@ -197,9 +210,9 @@ def test_what_the_edge_refused_passes_the_meter(tmp_path: Path) -> None:
         house = House(tmp_path)
         call, wire = house.call(ask())
         call.refusal = Unauthorized("No.", code="invalid_api_key")
-        await house.pipeline.run(call)
+        await through(house.pipeline, call)
         assert wire.status == 401 and call.asked is None
-        assert house.meter.outcomes == {("chat", "", "failed", 401): 1} and house.ledger.entries() == []
+        assert counted(house.meter) == {("chat", "", "failed", 401): 1} and house.ledger.entries() == []
         assert "x-ratelimit-limit-requests" not in wire.headers
 
     asyncio.run(run())
@@ -265,7 +278,7 @@ def test_the_deadline(tmp_path: Path) -> None:
         house = House(tmp_path, timeout=0.05)
         _, wire = await house.ask(ask(mock={"first_delay": 5}))
         assert (wire.status, wire.outcome) == (504, "deadline")
-        assert house.meter.outcomes == {("chat", "mock", "deadline", 504): 1}
+        assert counted(house.meter) == {("chat", "mock", "deadline", 504): 1}
         _, wire = await house.ask(ask(stream=True, mock={"delay": 5}))
         assert (wire.status, wire.outcome) == (200, "deadline")
         assert json.loads(wire.pieces[-1][6:])["error"]["code"] == "deadline_exceeded"
@@ -282,10 +295,10 @@ def test_a_client_that_leaves_before_its_call_starts_costs_nothing(tmp_path: Pat
         house = House(tmp_path, Untouched(), spend=10 * NANO)
         call, wire = house.call(ask())
         call.reply.close(CLIENT_LEFT)
-        await house.pipeline.run(call)
+        await through(house.pipeline, call)
         assert wire.outcome == CLIENT_LEFT and wire.status == 0
         assert house.meter.in_flight == 0 and house.who.state.reserved == 0
-        assert sum(house.meter.outcomes.values()) == 1
+        assert sum(counted(house.meter).values()) == 1
 
     asyncio.run(run())
 
@@ -294,7 +307,7 @@ def test_a_client_that_leaves_in_the_middle(tmp_path: Path) -> None:
     async def run() -> None:
         house = House(tmp_path)
         call, wire = house.call(ask(stream=True, mock={"delay": 0.02}))
-        running = asyncio.create_task(house.pipeline.run(call))
+        running = asyncio.create_task(through(house.pipeline, call))
         while len(wire.pieces) < 2:
             await asyncio.sleep(0.01)
         call.reply.close(CLIENT_LEFT)
@@ -321,3 +334,47 @@ def test_check_names_the_culprit_before_any_engine_is_asked() -> None:
     assert card.capabilities == ()
     with pytest.raises(BadRequest):
         chat.task(lambda call, model: None).check(Call("r", Principal("", "", ""), None, b"[]", None, 0))  # type: ignore[arg-type]
+
+
+def test_what_nobody_came_back_for_is_paid_for_once(tmp_path: Path) -> None:
+    async def run() -> None:
+        house = House(tmp_path, spend=10 * NANO)
+        house.cache.reload(Settings(retry_grace=0.1))
+        flights = house.cache.flights
+
+        def account(call: Call, outcome: str) -> None:
+            house.admit.unclaimed(call)
+            house.meter.unclaimed(call, outcome)
+
+        flights.account = account
+        call, _ = house.call(ask(temperature=0, mock={"first_delay": 0.05}))
+        await through(house.pipeline, call)
+        call.reply.close(CLIENT_LEFT)
+        allowance = house.who.state
+        assert (allowance.spent, allowance.reserved, len(flights)) == (0, 0, 1)
+        await asyncio.sleep(0.2)
+        assert (allowance.spent, allowance.reserved, len(flights)) == (6_000_000, 0, 0)
+        assert [(entry.outcome, entry.cache, entry.cost) for entry in house.ledger.entries()] == [
+            (CLIENT_LEFT, "joined", 0), (FINISHED, "", 6_000_000),
+        ]  # fmt: skip
+        again, _ = await house.ask(ask(temperature=0, mock={"first_delay": 0.05}))
+        assert again.cache == "hit" and allowance.spent == 6_000_000 and house.meter.in_flight == 0
+
+    asyncio.run(run())
+
+
+def test_of_many_who_share_an_answer_one_pays(tmp_path: Path) -> None:
+    async def run() -> None:
+        house = House(tmp_path, spend=10 * NANO)
+        calls = [house.call(ask(temperature=0, stream=True, mock={"delay": 0.01})) for _ in range(5)]
+        for call, _ in calls:
+            await through(house.pipeline, call)
+        await asyncio.sleep(0.015)
+        calls[0][0].reply.close(CLIENT_LEFT)
+        for _, wire in calls[1:]:
+            await asyncio.wait_for(wire.done(), 5)
+        assert (house.who.state.spent, house.who.state.reserved) == (6_000_000, 0)
+        assert sorted(entry.cost for entry in house.ledger.entries()) == [0, 0, 0, 0, 6_000_000]
+        assert {entry.completion_tokens for entry in house.ledger.entries()[1:]} == {3}
+
+    asyncio.run(run())

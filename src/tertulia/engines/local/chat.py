@@ -23,7 +23,8 @@ from .shapes import ChatStream, ChatWhole, ContentLogprob, Stamp, encode
 
 TEMPLATE_TOKENS = 64  # more than any chat template adds to a conversation
 MESSAGE_TOKENS = 16  # more than it adds to a message
-ACCEPTED = frozenset(("prompt_cache_options",))  # hints of OpenAI's that change no answer
+CONTINUES = "continue_final_message"  # vLLM's and llama.cpp's: the last message is the beginning of the answer
+ACCEPTED = frozenset(("prompt_cache_options", CONTINUES))  # and hints of OpenAI's that change no answer
 
 
 class _FunctionDelta(msgspec.Struct):
@@ -153,12 +154,19 @@ def refuse(asked: Any, raw: dict[str, Any]) -> Extras:
         raise unsupported_value("verbosity", asked.verbosity, "'medium'")
     if asked.store:
         raise unsupported("store", "Chat completions are not stored.")
+    if raw.get(CONTINUES) and asked.messages[-1].role != "assistant":
+        raise BadRequest(
+            f"'{CONTINUES}' needs a last message with role 'assistant'.", param=CONTINUES, code="invalid_value"
+        )
     if asked.stop and asked.response_format is not None and asked.response_format.type != "text":
         raise unsupported("stop", "A stop sequence would cut the JSON that 'response_format' promises.")
     _check_prediction(asked.prediction)
     refuse_parts(asked.messages)
     refuse_unknown_fields(raw)
-    return extras(raw, ACCEPTED.union(asked.__struct_fields__, ("moderation",)))
+    known = ACCEPTED.union(asked.__struct_fields__, ("moderation",))
+    if raw.get(CONTINUES) and not raw.get("add_generation_prompt"):
+        known |= {"add_generation_prompt"}  # false, as vLLM wants it said
+    return extras(raw, known)
 
 
 class ChatAnswer:
@@ -269,6 +277,8 @@ class ChatAnswer:
             body["messages"] = joined(native(messages))
         else:
             body["messages"] = joined(flatten(messages, plan))
+        if self._raw.get(CONTINUES):
+            body |= {CONTINUES: True, "add_generation_prompt": False}
         if plan.grammar is not None and "tools" not in body:
             body["grammar"] = plan.grammar
         if plan.calls and not plan.text:
