@@ -3,13 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test check bench lock clean
+COMPILED := build/compiled
+SOURCES := $(shell find src -name '*.py')
+
+.PHONY: serve test test-compiled check bench compiled lock clean
 
 serve: $(VENV)/installed
 	$(BIN)/tertulia serve
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-compiled: $(COMPILED)/done  ## servers as a released wheel has them, under the tests that talk to servers
+	TERTULIA_TEST_PACKAGE=$(CURDIR)/$(COMPILED) $(BIN)/python -m pytest tests/wire/test_repeated.py tests/wire/test_refusals.py \
+	  tests/wire/test_upstream.py tests/wire/test_cache.py tests/wire/test_reload.py tests/faults/test_matrix.py \
+	  tests/faults/test_endings.py tests/faults/test_server.py $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check src tests bench examples
@@ -19,6 +27,14 @@ check: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python bench/local.py
+
+compiled: $(COMPILED)/done  ## the package with its hot path compiled, as a released wheel has it; needs gcc and Python.h
+
+$(COMPILED)/done: $(VENV)/installed-dev setup.py $(SOURCES)
+	@echo "compiling the hot path: about half a minute" >&2
+	@rm -rf $(COMPILED) && mkdir -p $(COMPILED)
+	TERTULIA_COMPILE=1 $(BIN)/python setup.py --quiet build --build-lib $(COMPILED) --build-temp build/temp
+	@touch $@
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Tertulia needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
@@ -41,4 +57,4 @@ lock:  ## re-resolves both lock files; needs uv
 	uv pip compile pyproject.toml --all-extras --group build --group dev --universal --python-version 3.11 --generate-hashes --no-header -q -U -o requirements-dev.lock
 
 clean:
-	rm -rf $(VENV) .venvs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venvs build .pytest_cache .mypy_cache .ruff_cache

@@ -93,6 +93,9 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stream_usage: Annotated[
         bool, Meta(description="ask for the usage of streams even if the caller does not; off for servers that refuse")
     ] = True
+    continues: Annotated[
+        bool, Meta(description='it takes `continue_final_message`, as vLLM does: for `on_break = "continue"`')
+    ] = False
     tls_ca: Annotated[str | None, Meta(description="file with certificates to trust instead of the system's")] = None
     prices: Annotated[
         dict[str, dict[str, float]], Meta(description="by our model name: US dollars per million tokens: input, output")

@@ -5,13 +5,33 @@ any model.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from time import perf_counter_ns
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
-from .errors import DeadlineExceeded, TertuliaError
+from .call import (  # the two nouns that do something, in a module of their own
+    CLIENT_LEFT,
+    DEADLINE,
+    FAILED,
+    FINISHED,
+    NO_WISHES,
+    STOPPED,
+    Call,
+    Next,
+    Reply,
+    Sink,
+    Source,
+    Stage,
+    Wishes,
+    retry_headers,
+)
+
+__all__ = [
+    "CLIENT_LEFT", "DEADLINE", "FAILED", "FINISHED", "NOBODY", "NO_WISHES", "STOPPED", "Call", "Leg", "ModelCard",
+    "Next", "Plan", "Preset", "Principal", "Reply", "Sink", "Source", "Stage", "Target", "Task", "Usage", "Wishes",
+    "retry_headers",
+]  # fmt: skip
 
 
 class Principal:
@@ -98,7 +118,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     fallback, tried when the one before cannot answer. What route needs to know of a name is here and nowhere else.
 
     revision changes whenever anything about the plan does that an answer depends on: part of every cache key.
-    Times are in seconds.
+    Times are in seconds; longest is in tokens. first and alone are found from the groups.
     """
 
     name: str
@@ -109,19 +129,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     timeout: float | None = None  # from first byte of the request to last byte of the answer; None: the server's
     cache: str | None = None  # "off", "deterministic" or "all"; None: the server's
     revision: str = ""
+    longest: int | None = None  # what the largest target of the first group holds; None: not known, or its own to say
+    first: Any = None  # the Target that is asked first, of several one of them
+    alone: bool = False  # it is the only one of the first group
 
-
-class Wishes(msgspec.Struct, frozen=True):
-    """What the headers of a request ask of the gateway, as far as they are understood."""
-
-    retry_count: int = 0  # the SDK's count of its own tries of this request
-    patience: float | None = None  # seconds its sender waits for news, as the SDK says it
-    cache_control: str = ""  # Cache-Control, in lower case
-    idempotency_key: str = ""
-    traceparent: str = ""  # the caller's trace, as W3C writes it
-
-
-NO_WISHES = Wishes()
+    def __post_init__(self) -> None:
+        if self.groups:
+            msgspec.structs.force_setattr(self, "first", self.groups[0][0].target)
+            msgspec.structs.force_setattr(self, "alone", len(self.groups[0]) == 1)
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -134,302 +149,3 @@ class Task(msgspec.Struct, frozen=True):
     name: str  # "chat", "completion", "embedding"
     path: str
     check: Callable[[Call], None]
-
-
-class Sink(Protocol):
-    """Where a Reply goes in the end: a client's socket, or memory (engines.base.Collector).
-
-    An answer that is not a stream may begin again, as an error: what was written before is dropped.
-    """
-
-    def begin(self, status: int, headers: Sequence[bytes]) -> None: ...
-    def write(self, data: bytes) -> None: ...
-    def end(self, outcome: str) -> None: ...
-
-    def whole(self, headers: Sequence[bytes], data: bytes) -> None:
-        """begin(200), write and end(FINISHED) in one."""
-
-
-class Source(Protocol):
-    """What can be paused while the client reads slowly: a transport."""
-
-    def pause_reading(self) -> None: ...
-    def resume_reading(self) -> None: ...
-
-
-FINISHED, FAILED, CLIENT_LEFT, DEADLINE, STOPPED = "finished", "failed", "client_left", "deadline", "stopped"
-
-
-GONE: list[Any] = []  # of a reply that is closed; nobody adds to it
-
-
-class Reply:
-    """A pipe from an engine to a client.
-
-    On the way down stages hang on it what they want to see on the way up: tap(see) sees each piece, rewrite(change)
-    changes it, on_close(settle) is told once how the call ended. The engine then calls begin, push for every piece, and
-    close, or fail at any time. A piece of a stream is one or more whole server-sent events, wire bytes; an answer that
-    is not a stream is one piece. What was hung last, by the innermost stage, runs first. push begins the answer if
-    nobody has: an engine of which nothing has come yet had better not begin, so that a failure can still be a status.
-
-    started says whether a piece of the answer has gone to the client; heartbeats (beat) are none. As long as it has
-    not, recover may have another target answer unseen; after it, only who can go on where the answer broke off.
-
-    Outcomes: finished, failed (self.error says why), client_left, deadline, stopped.
-    """
-
-    __slots__ = (
-        "_closers",
-        "_paused",
-        "_steps",
-        "begun",
-        "closed",
-        "error",
-        "first",
-        "headers",
-        "last",
-        "outcome",
-        "pace",
-        "recover",
-        "sink",
-        "source",
-        "started",
-        "status",
-        "stream",
-        "usage",
-    )  # fmt: skip
-
-    def __init__(self, sink: Sink, stream: bool = False) -> None:
-        self.sink = sink
-        self.stream = stream
-        self.headers: list[bytes] = []  # lines as on the wire, each ending in CRLF
-        self.status = 0
-        self.first = self.last = 0  # time.perf_counter_ns() at the first piece, and at the last one so far
-        self.begun = self.closed = self.started = False
-        self.outcome: str | None = None
-        self.error: TertuliaError | None = None
-        self.usage: Usage | None = None  # set by the engine, before it pushes the last piece or closes
-        self.source: Source | None = None
-        self.recover: Callable[[TertuliaError], bool] | None = None  # route's: takes over a failure
-        self.pace: Callable[[float], None] | None = None  # the meter's: told the seconds between two pieces
-        self._steps: list[tuple[Callable[[bytes], Any], bool]] = []
-        self._closers: list[Callable[[str], None]] = []
-        self._paused = False
-
-    def header(self, name: str, value: str) -> None:
-        """Adds a response header; no effect on the wire once begun. Line breaks cannot get in."""
-        line = f"{name}: {value}".replace("\r", " ").replace("\n", " ")
-        self.headers.append(line.encode("latin-1", "replace") + b"\r\n")
-
-    def tap(self, see: Callable[[bytes], None]) -> None:
-        """see(piece) is called with each piece, as the steps hung after this one leave it."""
-        if not self.closed:
-            self._steps.insert(0, (see, False))
-
-    def rewrite(self, change: Callable[[bytes], bytes]) -> None:
-        """change(piece) returns the piece to pass on; b"" swallows it."""
-        if not self.closed:
-            self._steps.insert(0, (change, True))
-
-    def on_close(self, settle: Callable[[str], None]) -> None:
-        """settle(outcome) is called once, whatever ends the call; at once if it has ended already."""
-        if self.outcome is not None:  # the client left before the stage had its turn
-            settle(self.outcome)
-        else:
-            self._closers.append(settle)
-
-    def undo(self, settle: Callable[[str], None]) -> None:
-        """An attempt to answer is over: what was hung on closing after settle is told FAILED now, and no more."""
-        at = self._closers.index(settle) + 1
-        over, self._closers[at:] = self._closers[at:], []
-        self.source = None
-        for close in reversed(over):
-            close(FAILED)
-
-    def begin(self, status: int = 200) -> None:
-        """The status is settled: from here on errors travel inside the stream."""
-        if self.begun or self.closed:
-            return
-        self.begun, self.status = True, status
-        self.sink.begin(status, self.headers)
-
-    def push(self, data: bytes) -> None:
-        """One piece of the answer, through every tap and rewrite to the client; ignored after close."""
-        if self.closed:
-            return
-        now = perf_counter_ns()
-        if not self.started:
-            self.started, self.first = True, now
-            if not self.begun:
-                self.begin()
-        elif self.pace is not None:
-            self.pace((now - self.last) * 1e-9)
-        self.last = now
-        for step, changes in self._steps:
-            if changes:
-                data = step(data)
-                if not data:
-                    return
-            else:
-                step(data)
-        self.sink.write(data)
-
-    def beat(self, comment: bytes = b": waiting\n\n") -> None:
-        """Shows the client of a stream that somebody is there; taps do not see it. Commits to status 200."""
-        if self.stream and not self.closed:
-            if not self.begun:
-                self.begin()
-            self.sink.write(comment)
-
-    def fail(self, error: TertuliaError) -> None:
-        """The engine or a stage gives up: another target may take over, else the client gets a status or an event."""
-        if self.closed:
-            return
-        if self.recover is not None and self.recover(error):
-            return
-        self.error = error
-        if not self.begun or not self.stream:  # of an answer in one piece nothing has left yet
-            self.begun = False
-            for name, value in retry_headers(error):
-                self.header(name, value)
-            self.stream = False  # an error before the first byte is an ordinary answer, whatever was asked for
-            self.begin(error.status)
-            self.sink.write(error.body())
-        else:
-            self.sink.write(error.event())
-        self.close(DEADLINE if isinstance(error, DeadlineExceeded) else FAILED)
-
-    def whole(self, data: bytes) -> None:
-        """The whole answer, and the end: push and close in one."""
-        if self.closed:
-            return
-        if self._steps or self.begun or self.stream:
-            self.push(data)
-            self.close(FINISHED)
-            return
-        self.started = self.begun = True
-        self.first = self.last = perf_counter_ns()
-        self.status = 200
-        broken = self._settle(FINISHED)
-        self.sink.whole(self.headers, data)
-        if broken is not None:
-            raise broken
-
-    def close(self, outcome: str = FINISHED) -> None:
-        """Ends the call, once; closers run last hung first, then the client gets the last byte.
-
-        An error of a closer is raised when all that is done.
-        """
-        if self.closed:
-            return
-        broken = self._settle(outcome)
-        self.sink.end(outcome)
-        if broken is not None:
-            raise broken
-
-    def _settle(self, outcome: str) -> Exception | None:
-        self.closed, self.outcome = True, outcome
-        broken: Exception | None = None
-        try:
-            for settle in reversed(self._closers):
-                settle(outcome)
-        except Exception as error:  # it is raised in the end; the others must settle first
-            broken = self._settle_the_others(settle, outcome, error)
-        self._steps = self._closers = GONE  # whoever is referred to from there may go
-        self.source = self.recover = self.pace = None
-        return broken
-
-    def _settle_the_others(self, failed: Callable[[str], None], outcome: str, first: Exception) -> Exception:
-        """Whatever broke one closer (a full disk, say), the others settle and the call ends."""
-        for settle in reversed(self._closers[: self._closers.index(failed)]):
-            try:
-                settle(outcome)
-            except Exception:
-                # the first error is the one that is raised; this one is most likely its echo
-                continue
-        return first
-
-    def pause(self) -> None:
-        """The client reads slowly: stop reading from the engine's socket until resume."""
-        self._paused = True
-        if self.source is not None:
-            self.source.pause_reading()
-
-    def resume(self) -> None:
-        """The client has caught up: read on."""
-        self._paused = False
-        if self.source is not None:
-            self.source.resume_reading()
-
-    @property
-    def paused(self) -> bool:
-        """Whether the client is behind; for a source that connects later."""
-        return self._paused
-
-
-def retry_headers(error: TertuliaError) -> list[tuple[str, str]]:
-    """The headers by which the SDK decides whether and when to try again (see its _should_retry)."""
-    headers = list(error.headers)
-    if error.retry is not None:
-        headers.append(("x-should-retry", "true" if error.retry else "false"))
-    if error.retry_after is not None:
-        headers.append(("retry-after", str(max(1, round(error.retry_after + 0.499)))))
-        headers.append(("retry-after-ms", str(max(1, round(error.retry_after * 1000)))))
-    return headers
-
-
-class Call:
-    """One request for an answer of a model, from whoever makes it; lives as long as the answer does.
-
-    deadline is in seconds of the loop's clock, None for no limit. target is who answers, or would at first; plan is all
-    who may. attempts counts what was sent to engines; cache says what the cache did: "", hit, miss or joined; cost is
-    what it came to, in nano-dollars, once admit has settled it. refusal is what the edge already found wrong (a bad
-    key, a broken body): it travels so that the meter, which is outermost, records it.
-    """
-
-    __slots__ = (
-        "asked",
-        "attempts",
-        "began",
-        "body",
-        "cache",
-        "client",
-        "cost",
-        "deadline",
-        "id",
-        "model",
-        "plan",
-        "principal",
-        "refusal",
-        "reply",
-        "stream",
-        "target",
-        "task",
-        "wishes",
-    )  # fmt: skip
-
-    def __init__(self, id: str, principal: Principal, task: Task, body: bytes, reply: Reply, began: int) -> None:
-        self.id = id
-        self.principal = principal
-        self.task = task
-        self.body = body
-        self.asked: Any = None
-        self.model = ""
-        self.stream = False
-        self.target: Target | None = None
-        self.plan: Plan | None = None
-        self.deadline: float | None = None
-        self.reply = reply
-        self.refusal: TertuliaError | None = None
-        self.began = began  # time.perf_counter_ns() at the first byte
-        self.wishes = NO_WISHES
-        self.attempts = self.cost = 0
-        self.cache = ""
-        self.client = ""
-
-
-# A stage is a plain function: it hands the call on and returns what following(call) returned. That is None when the
-# call is on its way, or an awaitable of the rest when somebody further in has to wait for something. So a call that
-# nobody makes wait costs no coroutine and no task.
-Next = Callable[[Call], Awaitable[None] | None]
-Stage = Callable[[Call, Next], Awaitable[None] | None]

@@ -309,7 +309,7 @@ def database(patient: Patient) -> Iterator[Finding]:
 def journal(patient: Patient) -> Iterator[Finding]:
     import msgspec
 
-    from .accounts.ledger import Entry
+    from .accounts.entry import Entry
     from .store.journal import read
 
     path, decoder = patient.data / "ledger.jsonl", msgspec.json.Decoder(Entry)
@@ -426,7 +426,11 @@ def served(settings: Settings, name: str, sound: Mapping[str, ModelCard]) -> boo
         or name in settings.models
         or name in settings.presets
         or name in settings.aliases
-        or any(name in upstream.models for upstream in settings.upstreams.values())
+        or name in settings.routes
+        or any(
+            name in upstream.models or (upstream.discover and name.startswith(upstream.prefix))
+            for upstream in settings.upstreams.values()
+        )
         or (settings.mock and name in ("mock", "mock-embedding"))
     )
 
@@ -514,13 +518,13 @@ def upstreams(patient: Patient) -> Iterator[Finding]:
 
 
 def upstream_findings(name: str, upstream: Upstream, patient: Patient) -> Iterator[Finding]:
-    from .repl import Api
+    from .engines.upstream import Upstream as Engine
     from .server import reference
 
     check = f"upstream {name}"
     try:
         key = reference(upstream.key, f"upstreams.{name}.key")
-        api = Api(upstream.base_url, key)
+        Engine(name, upstream, key)  # refuses what cannot be used
     except SettingsError as error:
         yield Finding(check, FAIL, error.message, "correct it, or set what it names")
         return
@@ -532,19 +536,36 @@ def upstream_findings(name: str, upstream: Upstream, patient: Patient) -> Iterat
     if not patient.deep:
         yield Finding(check, OK, f"{what}; not asked (--deep asks it)")
         return
+    yield asked(check, name, upstream, key, what)
+
+
+def asked(check: str, name: str, upstream: Upstream, key: str | None, what: str) -> Finding:
+    """Asks an upstream for its models as the server does: with its key, headers and certificates, through its proxy."""
+    import asyncio
+
+    from .engines.upstream import Upstream as Engine
+    from .errors import BadUpstreamAnswer, UpstreamRefused
+
+    async def ask() -> int:
+        engine = Engine(name, upstream, key)
+        try:
+            return len(await engine.list_models())
+        finally:
+            await engine.close()
+
     try:
-        status, _ = api.get("/models", upstream.connect_timeout)
+        return Finding(check, OK, f"{what}; answers, and lists {asyncio.run(ask())} models")
+    except BadUpstreamAnswer:
+        return Finding(check, OK, f"{what}; answers, though not with a list of models")
+    except UpstreamRefused as error:  # without a list of models it can be in order
+        if error.status < 500:
+            return Finding(check, OK, f"{what}; answers (HTTP {error.status} for /models)")
+        return Finding(check, WARN, f"{upstream.base_url} answers with HTTP {error.status}", "ask whoever runs it")
     except TertuliaError as error:
-        yield Finding(check, FAIL, error.message, "check base_url and whether it runs")
-        return
-    if status in (401, 403):
-        yield Finding(
-            check, FAIL, f"{upstream.base_url} refuses the key (HTTP {status})", "check what its key refers to"
-        )
-    elif status >= 500:
-        yield Finding(check, WARN, f"{upstream.base_url} answers with HTTP {status}", "ask whoever runs it")
-    else:
-        yield Finding(check, OK, f"{what}; answers (HTTP {status} for /models)")
+        if error.retry is False:  # the statuses that concern our key
+            why = f"{upstream.base_url} refuses the key: {error.message}"
+            return Finding(check, FAIL, why, "check what its key refers to")
+        return Finding(check, FAIL, f"{upstream.base_url}: {error.message}", "check base_url and whether it runs")
 
 
 # With --deep ----------------------------------------------------------------------------------------------------------

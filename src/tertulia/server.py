@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -46,7 +47,7 @@ from .gateway.accesslog import AccessLog
 from .gateway.admit import Admit
 from .gateway.cache import Cache
 from .gateway.meter import Meter
-from .gateway.names import CHAT, EMBEDDING, Names, serves, wrong_kind
+from .gateway.names import CHAT, EMBEDDING, Names, may_list, serves, wrong_kind
 from .gateway.pipeline import Pipeline, check
 from .gateway.route import Route
 from .gateway.traces import Traces
@@ -135,7 +136,7 @@ class Server:
         self.front = front = Front(
             {task.path.encode(): task for task in tasks}, pipeline, self.directory,
             max_body=settings.max_body * 2**20, read_timeout=settings.read_timeout, keep_alive=settings.keep_alive,
-            max_connections=raise_file_limit(settings.max_connections),
+            max_connections=raise_file_limit(settings.max_connections), crowd_left=give_memory_back,
         )  # fmt: skip
         return front, app.build(tasks, models.routes(self.names), self.directory, self.states, self.meter.exposition)
 
@@ -180,6 +181,9 @@ class Server:
 
     def states(self) -> dict[str, str]:
         """For each default model: ready, loading, missing, or failed."""
+        for name, state in self._states.items():
+            if state == "missing" and self.names.is_far(name):  # its upstream has listed it meanwhile
+                self._states[name] = "ready"
         return dict(self._states)
 
     def over_budget(self) -> list[str]:
@@ -206,13 +210,14 @@ class Server:
         front.start()
         self.reloads.start()
         preload = asyncio.create_task(self._preload())
-        try:
-            await server.serve(sockets=[listener])
-        finally:
-            preload.cancel()
-            self.reloads.stop()
-            front.stop()
-            await self._close()
+        with server.signals():
+            try:
+                await server.serve(sockets=[listener])
+            finally:
+                preload.cancel()
+                self.reloads.stop()
+                front.stop()
+                await self._close()
 
     def _default_models(self) -> dict[str, str]:
         """The default models and how far they are; one that is not installed is missing until it is pulled."""
@@ -260,10 +265,21 @@ class _Uvicorn(uvicorn.Server):
         self._tell = started
         self._in_flight = in_flight
 
+    def handle_exit(self, number: int, _frame: FrameType | None) -> None:
+        """Ctrl-C and SIGTERM stop the server in order; a second one cuts the answers under way."""
+        self.force_exit = bool(self._captured_signals)
+        self.should_exit = True
+        self._captured_signals.append(number)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM stop the server in order, a second one at once. uvicorn's own would raise them again at
-        the end, which ends the process before the journal is flushed and the engines are stopped."""
+        """Not for as long as uvicorn serves, but until everything is closed: see signals."""
+        yield
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Has handle_exit take the signals: no other handler may end the process before the journal is flushed and the
+        engines are stopped. uvicorn's own would be gone by then, and raise them again."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -419,7 +435,8 @@ def check_models(settings: Settings) -> None:
     cards = {**{id: each.card for id, each in CATALOG.items()}, **here}
     for kind in (CHAT, EMBEDDING):
         model = getattr(settings, f"{kind}_model")
-        if model not in known and not any(fnmatchcase(model, pattern) for pattern in patterns):
+        elsewhere = may_list(settings.upstreams, model) is not None
+        if model not in known and not elsewhere and not any(fnmatchcase(model, pattern) for pattern in patterns):
             raise SettingsError(f"{kind}_model: there is no model {model!r}{nearest(model, sorted(known), 0.4)}")
         card = cards.get(model) if taken.get(model, "a model of this machine") == "a model of this machine" else None
         if card is not None and not serves(card, kind):
@@ -430,7 +447,11 @@ def check_presets(presets: Mapping[str, Preset], names: Names, tasks: Sequence[T
     """Tries the parameters of each preset. Raises SettingsError that names the one that a call would be refused for."""
     chat_task, completion_task = tasks[0], tasks[1]
     for name, preset in presets.items():
-        where, given, target = f"presets.{name}.parameters.", preset.parameters, names.find(name)
+        where, given = f"presets.{name}.parameters.", preset.parameters
+        try:
+            target = names.find(name)
+        except ModelNotFound:  # its upstream has not said yet whether it is there
+            continue
         for parameter in given:
             if parameter in PER_CALL:
                 raise SettingsError(f"{where}{parameter}: this is the caller's to say, not a preset's")
@@ -651,8 +672,18 @@ def run(
 
 
 def calm_collector() -> None:
-    """Calls leave no cycles behind, but thousands in flight make the garbage collector look for some all the time, which
-    cost a tenth of a request. What is loaded by now stays for good, and need not be looked through either."""
+    """Calls leave no cycles behind, but thousands in flight make the garbage collector look for some all the time: a
+    tenth of what a request cost. What is loaded by now stays for good, and need not be looked through either."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+
+
+def give_memory_back() -> None:
+    """After a crowd: what it used is free by then, but glibc keeps free memory that lies below some still in use."""
+    gc.collect()  # empties the interpreter's lists of spare objects, too
+    import ctypes  # a megabyte, and only needed here
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

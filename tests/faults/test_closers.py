@@ -63,6 +63,8 @@ WHOLE = b'{"id":"x","object":"chat.completion","choices":[],"usage":{"prompt_tok
 class Scripted:
     """An engine that does nothing by itself: the test pushes what it likes into the reply of the call it was given."""
 
+    name = "scripted"
+
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.told: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -212,6 +213,68 @@ def test_a_stop_says_for_what_it_waits(tmp_path: Path) -> None:
     asking.join(10)
     assert ended.is_set()
     assert (tmp_path / "stderr.log").read_text().endswith("stopping: waiting for 1 answer (Ctrl-C again cuts them)\n")
+
+
+def test_a_second_sigterm_cuts_what_a_stop_waits_for(tmp_path: Path) -> None:
+    served = serve(tmp_path, f"access_log = '{tmp_path}/access.log'", *MOCK)
+    said = tmp_path / "stderr.log"
+
+    def ask() -> None:
+        with contextlib.suppress(openai.APIError):
+            served.client().chat.completions.create(
+                model="mock", messages=HELLO, extra_body={"mock": {"first_delay": 9}}
+            )
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    deadline = time.monotonic() + 10
+    while "tertulia_calls_in_flight 1" not in metrics(served) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    served.process.send_signal(signal.SIGTERM)
+    while "stopping: waiting for 1 answer" not in said.read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    began = time.monotonic()
+    served.process.send_signal(signal.SIGTERM)
+    assert served.process.wait(20) == 0
+    assert time.monotonic() - began < 4  # neither the answer's nine seconds nor the ten of grace
+    asking.join(10)
+    (line,) = (tmp_path / "access.log").read_text().splitlines()
+    assert json.loads(line)["outcome"] == "stopped"
+
+
+SLOW_END = """
+import sys, time
+from tertulia import server
+from tertulia.config import load
+
+close = server.Server._close
+async def slowly(self):
+    print("closing", flush=True)
+    time.sleep(0.5)
+    await close(self)
+    print("closed", flush=True)
+server.Server._close = slowly
+settings = load({"data": sys.argv[1], "port": 0, "chat_model": "mock", "embedding_model": "mock-embedding"})
+server.run(settings, lambda _: print("listens", flush=True))
+"""
+
+
+def test_signals_while_everything_is_closed_do_not_end_the_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SLOW_END, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == "listens\n":
+            process.send_signal(signal.SIGTERM)
+        if line == "closing\n":
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+        if line == "closed\n":
+            break
+    else:
+        raise AssertionError(f"ended before it was closed: {process.wait(5)}")
+    assert process.wait(20) == 0
 
 
 def test_a_stop_with_nothing_under_way_says_nothing(tmp_path: Path) -> None:

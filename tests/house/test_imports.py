@@ -22,10 +22,10 @@ ROOMS = [
     ("accounts",),
     ("engines",),
     ("store",),
-    ("core", "config", "errors"),
+    ("core", "call", "turns", "config", "errors"),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
-BOTTOM = {"core": {"errors"}, "config": {"core", "errors"}, "errors": set()}
+BOTTOM = {"core": {"call", "errors"}, "call": {"errors"}, "config": {"core", "errors"}, "errors": set()}
 
 
 def everything() -> list[tuple[Module, int, Module, tuple[str, ...]]]:

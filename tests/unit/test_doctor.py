@@ -10,8 +10,10 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -343,8 +345,8 @@ def test_upstreams(data: Path, tmp_path: Path, mock_server: Served, monkeypatch:
     refused = only(ask(mock_server.base_url, "env:BAD_KEY"), FAIL)
     assert "refuses the key" in refused.what
     assert "NO_SUCH_KEY is not set" in only(ask(mock_server.base_url, "env:NO_SUCH_KEY"), FAIL).what
-    assert "Connection refused" in only(ask("http://127.0.0.1:9/v1", None), FAIL).what
-    assert "not an address" in only(ask("127.0.0.1:9/v1", None), FAIL).what
+    assert "9/v1: The upstream refused the connection" in only(ask("http://127.0.0.1:9/v1", None), FAIL).what
+    assert "expected an http or https URL" in only(ask("127.0.0.1:9/v1", None), FAIL).what
     literal = only(ask(mock_server.base_url, "sk-never-to-be-seen-0123456789"), FAIL)
     path = tmp_path / "key"
     path.write_text(mock_server.api_key)
@@ -353,6 +355,54 @@ def test_upstreams(data: Path, tmp_path: Path, mock_server: Served, monkeypatch:
     assert shown.do == f"chmod 600 {path}" and stat.S_IMODE(path.stat().st_mode) == 0o644
     for finding in (refused, literal, shown):
         assert "never-to-be-seen" not in str(finding) and mock_server.api_key not in str(finding)
+
+
+class Listing(BaseHTTPRequestHandler):
+    """Answers every GET with a list of models, and keeps what was asked."""
+
+    asked: ClassVar[list[tuple[str, dict[str, str]]]] = []
+    body, status = b'{"data":[{"id":"a"},{"id":"b"}]}', 200
+
+    def do_GET(self) -> None:
+        self.asked.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
+        self.send_response(self.status)
+        self.send_header("content-length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_upstreams_are_asked_as_the_server_asks_them(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk-never-to-be-seen-0123456789")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Listing)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    port = server.server_address[1]
+
+    def ask(**settings: Any) -> list[Finding]:
+        given = {"base_url": f"http://127.0.0.1:{port}/v1", "key": "env:SOME_KEY", **settings}
+        return look(doctor.upstreams, data, True, upstreams={"u": Upstream(**given)})
+
+    try:
+        base = f"http://127.0.0.1:{port}"
+        [found] = ask(kind="azure", base_url=base, api_version="2024-10-21", headers={"X-Who": "me"})
+        assert found.state == OK and "lists 2 models" in found.what
+        path, headers = Listing.asked[-1]
+        assert path == "/openai/models?api-version=2024-10-21" and headers["x-who"] == "me"
+        assert headers["api-key"] == "sk-never-to-be-seen-0123456789" and "authorization" not in headers
+        monkeypatch.setenv("HTTP_PROXY", base)
+        assert all_ok(ask(base_url="http://far.example/v1"))
+        assert Listing.asked[-1][0] == "http://far.example/v1/models"
+        monkeypatch.delenv("HTTP_PROXY")
+        for status, state in ((404, OK), (401, FAIL), (503, WARN)):
+            monkeypatch.setattr(Listing, "status", status)
+            [found] = ask()
+            assert found.state == state and str(status) in found.what and "never-to-be-seen" not in str(found)
+        assert "tls_ca" in only(ask(base_url="https://127.0.0.1:9/v1", tls_ca="/nowhere"), FAIL).what
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 # With a model ---------------------------------------------------------------------------------------------------------

@@ -289,7 +289,8 @@ def test_answers_on_disk_outlast_the_server(tmp_path: Path) -> None:
             asked.append(text)
         await asyncio.to_thread(served.stop)
         assert (served.data / "cache.db").stat().st_mode & 0o777 == 0o600
-        again = await asyncio.to_thread(serve, served.data, (served.data / "tertulia.toml").read_text())
+        config = (served.data / "tertulia.toml").read_text()
+        again = await asyncio.to_thread(serve, served.data, config)
         try:
             for stream in (False, True):  # a new key, of the same project
                 headers, text = await ask(again, raw(again.api_key, "hi", stream))
@@ -297,5 +298,13 @@ def test_answers_on_disk_outlast_the_server(tmp_path: Path) -> None:
         finally:
             await asyncio.to_thread(again.stop)
         assert upstream.asked == {"hi": 2}
+        async with Upstream().up() as other:  # the same names, and another server behind them
+            moved = config.replace(str(upstream.port), str(other.port))
+            again = await asyncio.to_thread(serve, served.data, moved)
+            try:
+                headers, _ = await ask(again, raw(again.api_key, "hi", False))
+                assert headers["x-tertulia-cache"] == "miss" and other.asked == {"hi": 1}
+            finally:
+                await asyncio.to_thread(again.stop)
 
     through(tmp_path, test, cache_disk=10)

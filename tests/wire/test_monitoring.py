@@ -17,7 +17,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from conftest import ROOT, Served, serve
-from tertulia.accounts.ledger import Entry
+from tertulia.accounts.entry import Entry
 
 PAGE = (ROOT / "docs" / "how-to" / "monitoring.md").read_text(encoding="utf-8")
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

@@ -93,10 +93,12 @@ class Config:
         fresh.write_text(text)
         os.replace(fresh, self.path)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> str:
         with urllib.request.urlopen(f"{self.served.root}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-        lines = [line for line in text.splitlines() if line.startswith("tertulia_config")]
+            return answer.read().decode()
+
+    def figures(self) -> dict[str, float]:
+        lines = [line for line in self.metrics().splitlines() if line.startswith("tertulia_config")]
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
     def count(self, result: str) -> float:
@@ -186,8 +188,9 @@ def test_a_removed_upstream_ends_the_call_it_has_and_gets_no_other(
     stream = Stream(config, "far")
     config.change("[upstreams]\n")
     assert stream.is_alive()
-    assert "far" not in config.models()
+    assert "far" not in config.models() and 'target="slow/far"' in config.metrics()
     assert stream.whole()
+    until(lambda: 'target="slow/far"' not in config.metrics())
     with pytest.raises(openai.NotFoundError):
         config.ask("far")
 
@@ -212,11 +215,16 @@ def test_a_file_with_a_mistake_leaves_the_old_one_in_force_and_says_why(
             good + "[upstreams.b]\nbase_url = 'http://b/v1'\nkey = 'env:NOT_SET'\n",
             "the environment variable NOT_SET is not",
         ),
+        (
+            good + "[routes.r]\ntargets = [{ upstream = 'quick', model = 'new' }]\nfallback = ['nowhere']\n",
+            "routes.r.fallback[0]: there is no model 'nowhere'",
+        ),
     ):
         config.change(bad, "refused")
         until(lambda why=why: why in config.errors())
         assert config.errors().splitlines()[-1].startswith("ERROR tertulia: the configuration was not taken")
-        assert config.ask("far").choices[0].message.content == TEXT and "x" not in config.models()
+        assert config.ask("far").choices[0].message.content == TEXT
+        assert not config.models() & {"x", "r", "quick/new"}
     assert config.figures()["tertulia_config_last_reload_success"] == 0
     config.change(good + "[aliases]\nx = 'far'\n")
     assert config.ask("x").choices[0].message.content == TEXT

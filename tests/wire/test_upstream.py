@@ -32,12 +32,19 @@ STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 class Upstream:
     """A server that reads one request after another on each connection and lets `script` answer it."""
 
-    def __init__(self) -> None:
+    def __init__(self, up: bool = True) -> None:
+        """up: whether it listens at once; else its port refuses connections until rise()."""
         self.script: Script = whole(ANSWER)
         self.requests: list[bytes] = []
         self.left = threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
+        if up:
+            self.rise()
+
+    def rise(self) -> None:
+        self._listener.listen()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -105,7 +112,8 @@ base_url = "http://127.0.0.1:{far.port}/v1"
 key = "env:FAR_KEY"
 first_byte_timeout = 1.0
 stall_timeout = 1.0
-models = {{ far = "their-model", "same-model" = "same-model" }}
+models = {{ far = "their-model", "same-model" = "same-model", short = "short" }}
+context_length = {{ short = 50 }}
 """
     served = serve(tmp_path_factory.mktemp("gateway"), config, environment={"FAR_KEY": "sk-far-secret-0123456789"})
     yield served
@@ -167,6 +175,7 @@ def test_usage_of_an_upstream_reaches_the_ledger(gateway: Served, far: Upstream)
     assert ask(gateway, stream=True) == (200, b"".join([*EVENTS[:2], EVENTS[3]]))
     entry = json.loads(list(read(gateway.data / "ledger.jsonl"))[-1])
     assert (entry["prompt_tokens"], entry["completion_tokens"], entry["outcome"]) == (3, 4, "finished")
+    assert (entry["asked"], entry["model"], entry["target"], "fallback" in entry) == ("far", "far", "far", False)
     far.script = streamed(EVENTS[:1])
     ask(gateway, stream=True)
     entry = json.loads(list(read(gateway.data / "ledger.jsonl"))[-1])
@@ -227,6 +236,67 @@ def test_a_kept_connection_that_was_closed_is_not_the_callers_problem(gateway: S
     far.script = once
     for _ in range(30):
         assert ask(gateway) == (200, ANSWER)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_sent(gateway: Served, far: Upstream) -> None:
+    far.script = whole(ANSWER)
+    sent = len(far.requests)
+    status, answer = ask(gateway, model="short", messages=[{"role": "user", "content": "word " * 51}])
+    assert (status, code(answer), len(far.requests)) == (400, "context_length_exceeded", sent)
+    assert json.loads(answer)["error"]["param"] == "messages"
+    assert ask(gateway, model="short", messages=[{"role": "user", "content": "word " * 50}]) == (200, ANSWER)
+
+
+def test_the_server_starts_without_the_upstream_whose_models_its_settings_name(tmp_path: Path) -> None:
+    far = Upstream(up=False)
+
+    def script(wire: socket.socket, request: bytes) -> None:
+        listing = b'{"object":"list","data":[{"id":"big"},{"id":"embed"}]}'
+        whole(listing if request.startswith(b"GET /v1/models ") else ANSWER)(wire, request)
+
+    far.script = script
+    config = f"""
+chat_model = "far/big"
+embedding_model = "far/embed"
+fallback = ["far/big"]
+[aliases]
+nick = "far/big"
+[presets.poet]
+model = "far/big"
+system = "Rhyme."
+[upstreams.far]
+base_url = "http://127.0.0.1:{far.port}/v1"
+discover = true
+prefix = "far/"
+[routes.r]
+targets = [{{ model = "far/big" }}]
+"""
+    served = serve(tmp_path, config)
+    names = ("far/big", "nick", "poet", "r", "gpt-4o")
+    try:
+        for name in names:
+            status, answer = ask(served, model=name)
+            assert (status, code(answer)) == (404, "model_not_found"), name
+        assert ready(served) == (503, {"far/big": "missing", "far/embed": "missing"})
+        far.rise()
+        end = time.monotonic() + 20
+        while ask(served, model="far/big")[0] != 200:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert [ask(served, model=name) for name in names] == [(200, ANSWER)] * len(names)
+        assert ready(served) == (200, {"far/big": "ready", "far/embed": "ready"})
+        said = (tmp_path / "stderr.log").read_text()
+        assert "chat_model: 'far/big' is not known yet; upstreams.far may list it" in said
+    finally:
+        served.stop()
+
+
+def ready(served: Served) -> tuple[int, dict[str, str]]:
+    try:
+        with urllib.request.urlopen(f"{served.root}/readyz", timeout=10) as answer:
+            return answer.status, json.loads(answer.read())["models"]
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())["models"]
 
 
 def test_nobody_there_is_a_typed_error(tmp_path: Path) -> None:

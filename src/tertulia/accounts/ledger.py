@@ -12,43 +12,9 @@ from pathlib import Path
 import msgspec
 
 from ..store.journal import Journal
-
-
-class Entry(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """One call, as the ledger keeps it and the access log shows it; nothing of a prompt or an answer is in it.
-
-    at is when it ended, in unix seconds; ms from its first byte to its last; cost in nano-dollars. asked is the model
-    name that was asked for, model the one that answered. attempts counts requests to engines, retry is the client's own
-    count of its tries. Fields with their default value are left out of the line.
-    """
-
-    id: str
-    at: float
-    key: str
-    project: str
-    task: str
-    asked: str
-    model: str
-    status: int
-    outcome: str
-    ms: float
-    stream: bool = False
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    reasoning_tokens: int = 0
-    cost: int = 0
-    attempts: int = 0
-    cache: str = ""  # hit, miss or joined
-    retry: int = 0
-    error: str | None = None
-    estimated: bool = False  # the tokens were counted here, as the answer broke off before its engine had told
-    client: str = ""
-
+from .entry import Entry, line_of, read_line
 
 log = logging.getLogger("tertulia.accounts")
-line_of = _encode = msgspec.json.Encoder().encode
-_decoder = msgspec.json.Decoder(Entry)
 
 
 class Ledger:
@@ -59,7 +25,7 @@ class Ledger:
 
     def append(self, entry: Entry) -> bytes:
         """Returns the line that was written."""
-        line = _encode(entry)
+        line = line_of(entry)
         self._journal.append(line)
         return line
 
@@ -80,7 +46,7 @@ class Ledger:
         damaged: list[int] = []
         for number, line in enumerate(self._journal.lines(), 1):
             try:
-                yield _decoder.decode(line)
+                yield read_line(line)
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 # torn by a crash or a full disk; broken lines must not keep the server from starting
                 damaged.append(number)

@@ -19,7 +19,7 @@ class Bucket:
     def refill(self, now: float) -> float:
         level = self.level + (now - self.at) * self.pace
         if level > self.limit:
-            level = self.limit
+            level = float(self.limit)
         self.level, self.at = level, now
         return level
 
@@ -93,7 +93,7 @@ class Allowance:
         """Gives back what was reserved and not used."""
         bucket = self.tokens
         level = bucket.level + reserved_tokens - tokens
-        bucket.level = level if level < bucket.limit else bucket.limit
+        bucket.level = level if level < bucket.limit else float(bucket.limit)
         self.reserved -= reserved_cost
         self.spent += cost
 

@@ -26,6 +26,8 @@ class NotFetched(Overloaded):
 class Absent:
     """An engine that has none of its models."""
 
+    name = "local"
+
     def __init__(self, cards: Sequence[ModelCard]) -> None:
         self._cards = list(cards)
 

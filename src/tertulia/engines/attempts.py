@@ -13,76 +13,32 @@ caller reads too slowly to be sent more, the upstream's silence is not counted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
-from email.utils import parsedate_to_datetime
-from math import isfinite
-from time import monotonic, time
+from collections.abc import Awaitable, Callable
+from time import monotonic
 from typing import Any, Protocol
 
 import msgspec
 
 from ..core import FINISHED, Call, Usage
-from ..errors import BadUpstreamAnswer, EngineFailed, TertuliaError, UpstreamRefused, UpstreamTimeout, encode
+from ..errors import BadUpstreamAnswer, EngineFailed, TertuliaError, UpstreamTimeout
 from . import sse
+from .answers import (
+    Answer,
+    Choice,
+    Chunk,
+    Headers,
+    WireUsage,
+    parse_answer,
+    parse_chunk,
+    parse_object,
+    refusal,
+    reported,
+)
 from .connection import BODY_LIMIT, Connection, Pool, Stale
 from .timeouts import Timeouts
 
-MONTH = 2_678_400.0  # seconds: no retry-after is longer
 DONE = b"data: [DONE]\n\n"
-OURS = (401, 403, 407)  # statuses that concern our key and not the caller's
-# Statuses of errors that come without one, by their type.
-TYPES = {"invalid_request_error": 400, "rate_limit_error": 429, "requests": 429, "tokens": 429}
 BYTES_A_TOKEN = 4  # for the estimate of a prompt whose usage never came
-Headers = Sequence[tuple[bytes, bytes]]
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = 0
-    reasoning_tokens: int | None = 0
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = 0
-    completion_tokens: int | None = 0
-    prompt_tokens_details: _Details | None = None
-    completion_tokens_details: _Details | None = None
-
-
-class _Choice(msgspec.Struct):
-    finish_reason: str | None = None
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] | None = None
-    usage: _Usage | None = None
-    error: Any = None
-
-
-class _Answer(msgspec.Struct):
-    usage: _Usage | None = None
-    error: Any = None
-
-
-class _Object(msgspec.Struct):
-    error: Any = None
-
-
-class _Said(msgspec.Struct):
-    message: str | None = None
-    type: str | None = None
-    code: str | int | None = None
-
-
-class _Refusal(msgspec.Struct):
-    error: Any = None
-    message: Any = None
-    detail: Any = None
-
-
-_chunk = msgspec.json.Decoder(_Chunk).decode
-_answer = msgspec.json.Decoder(_Answer).decode
-_object = msgspec.json.Decoder(_Object).decode
-_refusal = msgspec.json.Decoder(_Refusal).decode
 
 
 class Limits(Protocol):
@@ -144,9 +100,13 @@ class Attempt:
         self.connection = reply.source = connection
         self.waiting = self.limits.first
         self.waiting.add(self)
-        connection.send(self.request, self, self.body)  # type: ignore[arg-type]
+        connection.send(self.request, self, self.body, self.taker())  # type: ignore[arg-type]
         if reply.paused:
             connection.pause_reading()
+
+    def taker(self) -> Callable[[bytes], None] | None:
+        """Who takes an answer that comes in one read."""
+        return None
 
     def _release(self) -> None:
         self.over = True
@@ -246,7 +206,12 @@ class Whole(Attempt):
     """An answer in one piece."""
 
     __slots__ = ()
-    piece = Attempt.collect
+
+    def piece(self, data: bytes) -> None:
+        self.collect(data)
+
+    def taker(self) -> Callable[[bytes], None]:
+        return self.whole
 
     def end(self) -> None:
         if self.over:
@@ -321,7 +286,7 @@ class Stream(Attempt):
         self.spoke = monotonic()
         if data.startswith(b"data: {") and data.find(b"\n") == len(data) - 2 and not self._said_done:
             try:  # one event, as nearly every piece is
-                chunk = _chunk(data[6:])
+                chunk = parse_chunk(data[6:])
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 pass
             else:
@@ -330,7 +295,7 @@ class Stream(Attempt):
                     return
         self._look(data)
 
-    def _note(self, chunk: _Chunk) -> bool:
+    def _note(self, chunk: Chunk) -> bool:
         """Remembers what a chunk says; False if the caller must not see it."""
         if not self.began:
             self._begin()
@@ -420,7 +385,7 @@ class Stream(Attempt):
         if self.status != 200:
             return refusal(self.status, self.headers, body)
         try:
-            error = _object(body).error
+            error = parse_object(body).error
         except (msgspec.MsgspecError, UnicodeDecodeError):
             error = None
         return reported(error) if error else BadUpstreamAnswer("The upstream answered a stream with something else.")
@@ -462,23 +427,23 @@ class Stream(Attempt):
             super().stalled()
 
 
-def read_chunk(data: bytes) -> _Chunk:
+def read_chunk(data: bytes) -> Chunk:
     """One event's data. Raises DecodeError if it is no JSON object; of one in an unknown shape only `error` is read."""
     try:
-        return _chunk(data)
+        return parse_chunk(data)
     except msgspec.ValidationError:
-        return _Chunk([_Choice()], None, _object(data).error)
+        return Chunk([Choice()], None, parse_object(data).error)
 
 
-def read_answer(data: bytes) -> _Answer:
+def read_answer(data: bytes) -> Answer:
     """As read_chunk, for an answer in one piece."""
     try:
-        return _answer(data)
+        return parse_answer(data)
     except msgspec.ValidationError:
-        return _Answer(None, _object(data).error)
+        return Answer(None, parse_object(data).error)
 
 
-def counted(usage: _Usage) -> Usage:
+def counted(usage: WireUsage) -> Usage:
     """Usage as we know it."""
     prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
     return Usage(
@@ -487,81 +452,3 @@ def counted(usage: _Usage) -> Usage:
         (prompt.cached_tokens or 0) if prompt is not None else 0,
         (completion.reasoning_tokens or 0) if completion is not None else 0,
     )
-
-
-def refusal(status: int, headers: Headers, body: bytes) -> TertuliaError:
-    """What an answer with another status than 200 means. What concerns our key, and what is no answer at all, is ours
-    to say; everything else passes as it is."""
-    after, again = retry_after(headers), _should_retry(headers)
-    said = f"The upstream answered with status {status}."
-    if 300 <= status < 400:
-        return EngineFailed(f"The upstream answered with status {status}; redirects are not followed.")
-    if status in OURS or not 400 <= status < 600:
-        failed = EngineFailed(said, retry_after=after)
-        if status in OURS:
-            failed.retry = False  # another target may do, but this one will say the same again
-        return failed
-    try:
-        found = _refusal(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        found = _Refusal()
-    if isinstance(found.error, dict):
-        refused = UpstreamRefused(status, body, retry=again, retry_after=after)
-        refused.code = _text(found.error.get("code"))
-        return refused
-    if status >= 500 and status != 503:
-        return EngineFailed(said, retry_after=after)
-    words = next((text for text in (found.error, found.message, found.detail) if isinstance(text, str) and text), said)
-    error = UpstreamRefused(status, None, words, retry=again, retry_after=after)
-    if status < 500:
-        error.type = "invalid_request_error" if status != 429 else "requests"
-    return error
-
-
-def reported(error: Any) -> TertuliaError:
-    """What the `error` inside an answer of status 200 means: the status is the code it has, or that of its type."""
-    try:
-        said = msgspec.convert(error, _Said)
-    except msgspec.ValidationError:
-        return EngineFailed("The upstream reported an error.")
-    code = int(said.code or 0) if str(said.code).isdecimal() else 0
-    if not 400 <= code < 600:
-        code = TYPES.get(said.type or "", 502)
-    if code in OURS:
-        return EngineFailed("The upstream reported an error.")
-    refused = UpstreamRefused(code, encode({"error": error}), said.message)
-    refused.code = _text(said.code)
-    return refused
-
-
-def _text(code: object) -> str | None:
-    """An error's code as the log has it; some servers repeat the status there, as a number."""
-    return code if isinstance(code, str) else None
-
-
-def _header(headers: Headers, wanted: bytes) -> str:
-    return next((value.decode("latin-1").strip() for name, value in headers if name == wanted), "")
-
-
-def _should_retry(headers: Headers) -> bool | None:
-    return {"true": True, "false": False}.get(_header(headers, b"x-should-retry").lower())
-
-
-def retry_after(headers: Headers) -> float | None:
-    """Seconds, from retry-after-ms, or from retry-after in seconds or as a date; None if neither can be understood."""
-    milliseconds, text = _seconds(_header(headers, b"retry-after-ms")), _header(headers, b"retry-after")
-    found = milliseconds / 1000 if milliseconds is not None else _seconds(text)
-    if found is None:
-        try:
-            found = parsedate_to_datetime(text).timestamp() - time()
-        except (TypeError, ValueError, OverflowError):
-            return None
-    return min(max(0.0, found), MONTH)
-
-
-def _seconds(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if isfinite(value) else None

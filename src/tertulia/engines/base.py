@@ -15,11 +15,16 @@ class Engine(Protocol):
     """What answers calls for one or more models.
 
     answer(call) looks at call.target.model, call.asked and call.body. It returns None when the call is handed over or
-    done, or an awaitable that is when it first has to wait (an async function does): the answer arrives through call.reply either way (begin, push, close; fail on any error, or raise a
-    TertuliaError before begin). When call.reply closes for another reason (client left, deadline), the engine's own
-    on_close hook stops the work at once. Pieces of a stream are whole server-sent events in OpenAI's shape, the last
-    of them `data: [DONE]`; another answer is one piece of JSON in OpenAI's shape.
+    done, or, where it has to wait first, an awaitable that is (an async function does). Either way the answer arrives
+    through call.reply (begin, push, close; fail on any error, or raise a TertuliaError before begin). When call.reply
+    closes for another reason (client left, deadline), the engine's own on_close hook stops the work at once. Pieces of
+    a stream are whole server-sent events in OpenAI's shape, the last of them `data: [DONE]`; another answer is one
+    piece of JSON in OpenAI's shape.
+
+    An engine that is an upstream has more, for the names: named, offer and identity (see Upstream).
     """
+
+    name: str  # as the log has it: an upstream's own, else local or mock
 
     def answer(self, call: Call) -> Awaitable[None] | None: ...
 

@@ -31,6 +31,7 @@ MEGABYTE = 1_000_000
 PROGRAM = 160 * MEGABYTE  # what a child needs beside weights and cache: library, compute buffers, cached prompts
 CACHE_SHARE = 2  # one model's key-value cache may take the memory budget divided by this
 STOP_TIMEOUT = 2.0  # seconds between SIGTERM and SIGKILL
+DEATH_KNOWN = 0.5  # seconds after which the end of a process is known for certain
 CALM = 60.0  # seconds a child must live for its crash not to count as one of a row
 LONGEST_BACKOFF = 30.0  # seconds
 _PRIVATE = ("TERTULIA_", "OPENAI_", "LLAMA_")  # environment that is the gateway's, or would change llama.cpp's settings
@@ -74,6 +75,15 @@ class Child:
     @property
     def alive(self) -> bool:
         return not self.stopping and self.process.returncode is None
+
+    async def ended(self) -> bool:
+        """Whether the process has ended, for whom a connection makes think so: the system closes those first, and may
+        need a moment to say the rest."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DEATH_KNOWN):
+                await self.process.wait()
+        self.pool.broke = False
+        return not self.alive
 
     @property
     def resident_bytes(self) -> int:
@@ -126,7 +136,7 @@ class Children:
         """
         while True:
             child = self._loaded.get(card.id)
-            if child is not None and child.alive:
+            if child is not None and child.alive and not (child.pool.broke and await child.ended()):
                 child.last_used = time.monotonic()
                 return child
             if self._closed:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import re
 import socket
 import ssl
+from collections.abc import Callable
 from time import monotonic
-from typing import Protocol
+from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
 import httptools
 
 from ..errors import EngineFailed, TertuliaError, UpstreamTimeout
+from ..turns import Turns
 from .proxy import Proxy, Tunnel
 
 log = logging.getLogger("tertulia.engines")
@@ -33,17 +34,16 @@ WANTED = frozenset(
 )
 
 
-OK, LENGTH = b"HTTP/1.1 200 ", b"\r\ncontent-length:"
-ODD = re.compile(
-    rb"\r\n(?:transfer-encoding|connection|content-encoding|upgrade):|\r(?!\n)|(?<!\r)\n|\r\n[ \t]|\0"
-).search
+OK: Final = b"HTTP/1.1 200 "
+LENGTH: Final = b"\r\ncontent-length:"
+TRANSFER: Final = b"\r\ntransfer-encoding:"
+CONNECTION: Final = b"\r\nconnection:"
 
 
 class Receiver(Protocol):
     """Who is told of an answer, in this order: head, piece*, then end or broken (which may come at any time, once).
 
-    A piece is all of the body that came in one read. A receiver with a method whole(body) is told of an answer with
-    status 200 that came in one read by that alone.
+    A piece is all of the body that came in one read.
     """
 
     def head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None: ...
@@ -64,15 +64,17 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_answered", "_extra", "_headers", "_keep", "_parser", "_paused", "_pieces", "_pool", "_receiver",
-        "_size", "complete", "idle_since", "transport", "used",
+        "_answered", "_extra", "_headers", "_keep", "_late", "_parser", "_paused", "_pieces", "_pool", "_receiver",
+        "_size", "_whole", "complete", "idle_since", "transport", "used",
     )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self.transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
-        self._parser = httptools.HttpResponseParser(self)
+        self._whole: Callable[[bytes], None] | None = None
+        self._late = b""  # what has come and waits for our turn
+        self._parser: Any = None  # while the connection lasts: it refers to us
         self._headers: list[tuple[bytes, bytes]] = []
         self._pieces: list[bytes] = []
         self._size = 0  # bytes of a head that is not complete yet
@@ -82,20 +84,24 @@ class Connection(asyncio.Protocol):
         self.used = False  # has carried a request before: the other side may have closed it meanwhile
 
     # towards the engine
-    def send(self, request: bytes, receiver: Receiver, body: bytes = b"") -> None:
-        """Sends a request; body is what of it is too large to be joined to the head."""
+    def send(
+        self, request: bytes, receiver: Receiver, body: bytes = b"", whole: Callable[[bytes], None] | None = None
+    ) -> None:
+        """Sends a request; body is what of it is too large to be joined to the head. An answer with status 200 that
+        comes in one read is given to whole, if there is one, and the receiver is told nothing."""
         assert self.transport is not None
-        self._receiver = receiver
+        self._receiver, self._whole = receiver, whole
         if self._headers:
             self._headers = []
         self._size, self._answered = 0, False
-        self.transport.write(request)
         if body:
-            self.transport.write(body)
+            self.transport.writelines((request, body))  # one system call, and no copy of the body
+        else:
+            self.transport.write(request)
 
     def cancel(self) -> None:
         """Gives the call up: nothing more reaches the receiver, and the engine sees the connection close."""
-        self._receiver = None
+        self._receiver, self._late = None, b""
         if self.transport is not None:
             self.transport.abort()
 
@@ -112,14 +118,32 @@ class Connection(asyncio.Protocol):
     # from the transport
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
+        self._parser = httptools.HttpResponseParser(self)
 
     def data_received(self, data: bytes) -> None:
+        if self._whole is None:
+            self._take(data)
+        elif self._late:
+            self._late += data
+        else:
+            self._late = data
+            self._pool.turns.add(self)
+
+    def work(self) -> None:
+        """It is our turn: what has come of an answer in one piece."""
+        data, self._late = self._late, b""
+        if data:
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
         if self._receiver is None:
             self.cancel()  # bytes nobody asked for
             return
         try:
-            if not self._answered and not self._size and data.startswith(OK) and self._at_once(data):
+            whole = self._whole
+            if whole is not None and data.startswith(OK) and self._at_once(whole, data):
                 return
+            self._whole = None  # it comes in more than one read
             try:
                 self._parser.feed_data(data)
             except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -141,26 +165,27 @@ class Connection(asyncio.Protocol):
         except Exception as error:  # a defect of ours in whoever receives: the loop would swallow it, the call hang
             self._defect(error)
 
-    def _at_once(self, data: bytes) -> bool:
+    def _at_once(self, whole: Callable[[bytes], None], data: bytes) -> bool:
         """An answer with status 200 that is all here, by its length to the byte, needs no parser."""
-        receiver = self._receiver
         at = data.find(b"\r\n\r\n")
-        if at < 0 or not hasattr(receiver, "whole"):
+        if at < 0:
             return False
-        head = data[:at].lower()
-        length = head.find(LENGTH)
-        if length < 0 or head.find(LENGTH, length + 1) > 0 or ODD(head) is not None:
+        head = data[: at + 2].lower()
+        length = head.find(LENGTH) + 17
+        if length < 17 or TRANSFER in head or CONNECTION in head or head.find(LENGTH, length) > 0:
             return False
-        value = head[length + 17 : max(head.find(b"\r", length + 2), 0) or None].strip(b" ")
+        value = head[length : head.find(b"\r", length)].strip(b" ")
         if not value.isdigit() or int(value) != len(data) - at - 4:
             return False
-        self._receiver = None
+        self._receiver = self._whole = None
         self._pool.give_back(self)
-        receiver.whole(data[at + 4 :])  # type: ignore[union-attr]
+        whole(data[at + 4 :])
         return True
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.work()
         self._pool.forget(self)
+        self._parser = None
         if self._receiver is None:
             return
         if error is None and self._answered and self._until_close():
@@ -171,6 +196,7 @@ class Connection(asyncio.Protocol):
                 self._defect(defect)
             return
         stale = self.used and not self._answered and not self._size
+        self._pool.broke |= not stale
         self._break(
             f"The {self._pool.who} closed the connection before its answer was complete.",
             Stale if stale else EngineFailed,
@@ -278,7 +304,16 @@ class Pool:
         self._idle: dict[Connection, None] = {}  # oldest first
         self._all: set[Connection] = set()
         self._sweeper: asyncio.TimerHandle | None = None
+        self._turns: Turns | None = None
         self._closed = False
+        self.broke = False  # a connection was lost while somebody waited for an answer; for whom it concerns to unset
+
+    @property
+    def turns(self) -> Turns:
+        """When the answers on our connections are worked on."""
+        if self._turns is None:
+            self._turns = Turns(asyncio.get_running_loop())
+        return self._turns
 
     @property
     def open_connections(self) -> int:

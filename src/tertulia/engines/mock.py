@@ -180,6 +180,8 @@ ASKED = msgspec.json.Decoder(_Asked)
 class Mock:
     """An engines.base.Engine without a model."""
 
+    name = "mock"
+
     async def answer(self, call: Call) -> None:
         try:
             asked = ASKED.decode(call.body)

@@ -20,34 +20,20 @@ import msgspec
 from .. import config
 from ..core import Call, ModelCard
 from ..errors import BadUpstreamAnswer, EngineFailed, SettingsError, TertuliaError, encode
-from .attempts import Attempt, Stream, Whole, refusal
+from .answers import Listed, parse_list, refusal
+from .attempts import Attempt, Stream, Whole
 from .connection import Pool
 from .proxy import proxy_for
 from .timeouts import Timeouts
 
 log = logging.getLogger("tertulia.engines.upstream")
-JOIN_LIMIT = 65536  # bytes: a larger body is written by itself, not copied behind its head
+JOIN_LIMIT = 16384  # bytes: a larger body is written by itself, not copied behind its head
 DISCOVER_SECONDS = 300.0  # between two looks at an upstream's models
-DISCOVER_AGAIN = 15.0  # after a look that failed; then twice as long each time
+DISCOVER_AGAIN = 1.0  # after a look that failed; then twice as long each time
 USAGE = b',"stream_options":{"include_usage":true}}'
 _PATHS = {"chat": "/chat/completions", "completion": "/completions", "embedding": "/embeddings"}
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _options = msgspec.json.Decoder(dict[str, Any] | None)
-
-
-class _Listed(msgspec.Struct):
-    """A model as an upstream lists it; the two lengths are vLLM's and OpenRouter's."""
-
-    id: str
-    max_model_len: int | None = None
-    context_length: int | None = None
-
-
-class _List(msgspec.Struct):
-    data: list[_Listed]
-
-
-_list = msgspec.json.Decoder(_List)
 
 
 class _Model:
@@ -60,8 +46,8 @@ class _Model:
 
 
 class Upstream:
-    """One upstream with its models: those that the settings name, those it lists (`discover`), and those a route asked
-    for (offer). on_models_changed is called when they have changed."""
+    """One upstream with its models: those that the settings name (named), those it lists (`discover`), and those that a
+    route asks for (offer), which are listed by whoever asked. on_models_changed is called when models() has changed."""
 
     def __init__(
         self,
@@ -85,27 +71,37 @@ class Upstream:
         self._ask_usage = settings.stream_usage
         self._heads = self._heads_at("")
         self._models = {ours: self._model(ours, theirs) for ours, theirs in settings.models.items()}
-        self._own = frozenset(self._models)
-        self._listed: list[_Listed] = []
+        self.named = frozenset(self._models)
+        self._shown = tuple(self._models)
+        self._offered: dict[str, _Model] = {}
+        self._listed: list[Listed] = []
         self._discovery: asyncio.Task[None] | None = None
 
     # its models
     def models(self) -> Sequence[ModelCard]:
-        return [model.card for model in self._models.values()]
+        return [self._models[ours].card for ours in self._shown]
 
-    def offer(self, theirs: str) -> str:
-        """Our name for one of its models: the one it has, or else NAME/MODEL, under which it is offered from now on."""
-        for ours, model in self._models.items():
-            if model.theirs == theirs:
-                return ours
-        ours = f"{self.name}/{theirs}"
-        self._models[ours] = self._model(ours, theirs)
-        self._own |= {ours}
-        return ours
+    def offer(self, model: str) -> ModelCard:
+        """One of its models, by the name that the settings give it or by its own. It is asked for by our name; one that
+        has none is from now on answered as NAME/MODEL, though not listed."""
+        if model in self.named:
+            return self._models[model].card
+        for ours in self.named:
+            if self._models[ours].theirs == model:
+                return self._models[ours].card
+        ours = f"{self.name}/{model}"
+        found = self._models.get(ours)
+        if found is None:
+            found = self._models[ours] = self._offered[ours] = self._model(ours, model)
+        return found.card
 
-    def theirs(self, model: str) -> str:
-        """What it calls a model that we call so."""
-        return self._models[model].theirs
+    def identity(self, model: str) -> object:
+        """What, beside the request, says who answers for a model that we call so, and how."""
+        where = self._settings
+        return (
+            self.name, self._models[model].theirs, where.base_url, where.kind, where.api_version, where.organization,
+            where.project, sorted(where.headers.items()),
+        )  # fmt: skip
 
     def _model(self, ours: str, theirs: str, length: int | None = None) -> _Model:
         card = ModelCard(
@@ -114,6 +110,7 @@ class Upstream:
             source=f"upstream:{self.name}",
             owned_by=self.name,
             context_length=self._settings.context_length.get(ours) or length,
+            capabilities=("continue_final_message",) if self._settings.continues else (),
         )
         place = _deployment(self._settings, theirs)
         return _Model(theirs, card, self._heads_at(place) if place else self._heads)
@@ -141,32 +138,33 @@ class Upstream:
                 failures = 0
             except TertuliaError as error:  # what it offered last stays
                 failures += 1
-                log.warning("upstreams.%s: its models could not be listed: %s", self.name, error.message)
+                again = logging.INFO if failures > 1 else logging.WARNING  # said once, not every few seconds
+                log.log(again, "upstreams.%s: its models could not be listed: %s", self.name, error.message)
             wait = min(DISCOVER_SECONDS, DISCOVER_AGAIN * 2 ** (failures - 1)) if failures else DISCOVER_SECONDS
             await asyncio.sleep(wait * random.uniform(0.9, 1.1))
 
-    async def list_models(self) -> list[_Listed]:
+    async def list_models(self) -> list[Listed]:
         """What GET /models says. Raises TertuliaError."""
         path = f"{_root(self._settings)}/models{self._query}"
         status, body = await self.pool.fetch("GET", path, self._headers)
         if status != 200:
             raise refusal(status, (), body)
         try:
-            return _list.decode(body).data
+            return parse_list(body).data
         except (msgspec.MsgspecError, UnicodeDecodeError):
             raise BadUpstreamAnswer("The upstream's list of models was not understood.") from None
 
-    def _take(self, listed: list[_Listed]) -> None:
+    def _take(self, listed: list[Listed]) -> None:
         """Offers these; a name that the settings give to a model keeps its meaning."""
         if listed == self._listed:
             return
         self._listed = listed
-        models = {ours: model for ours, model in self._models.items() if ours in self._own}
+        models = {ours: model for ours, model in self._models.items() if ours in self.named}
         for one in listed:
             ours = self._settings.prefix + one.id
             if ours not in models:
                 models[ours] = self._model(ours, one.id, one.max_model_len or one.context_length)
-        self._models = models
+        self._shown, self._models = tuple(models), self._offered | models
         if self.on_models_changed is not None:
             self.on_models_changed()
 

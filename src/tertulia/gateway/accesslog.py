@@ -43,8 +43,8 @@ class AccessLog:
             self._file = self._open()
         except OSError as error:
             raise SettingsError(f"access_log: {path} cannot be written ({error.strerror})") from None
-        self._thread = threading.Thread(target=self._work, name="tertulia-accesslog", daemon=True)
-        self._thread.start()
+        self._writer = threading.Thread(target=self._work, name="tertulia-accesslog", daemon=True)
+        self._writer.start()
 
     def write(self, record: msgspec.Struct | bytes) -> None:
         """One line: a Struct, which must not change any more, or JSON as bytes. Never waits, never raises."""
@@ -81,7 +81,7 @@ class AccessLog:
         """Writes what waits, and ends the thread. Gives a stuck disk up after some seconds."""
         self._stopped = True
         self._wake.set()
-        self._thread.join(LEAVE_SECONDS)
+        self._writer.join(LEAVE_SECONDS)
 
     # the thread
     def _work(self) -> None:
@@ -105,8 +105,8 @@ class AccessLog:
         self._told_full = False
 
     def _put(self, batch: list[msgspec.Struct | bytes]) -> None:
-        lines = [msgspec.Raw(one) if isinstance(one, bytes) else one for one in batch]
-        data = memoryview(self._torn + self._encoder.encode_lines(lines))
+        lines = [one if isinstance(one, bytes) else self._encoder.encode(one) for one in batch]
+        data = memoryview(self._torn + b"\n".join(lines) + b"\n")
         try:
             while data:
                 data = data[os.write(self._file, data) :]

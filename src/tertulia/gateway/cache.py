@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -21,7 +22,7 @@ from ..config import Settings
 from ..core import FINISHED, NO_WISHES, Call, Next
 from ..errors import TertuliaError
 from ..store.answers import Answer, Answers
-from .canonical import Keys
+from .canonical import Keys, has_error
 from .metrics import COUNTER, GAUGE, family
 from .shared import KEPT, PORTION, Flight, Flights, failed
 
@@ -37,10 +38,13 @@ _time = time.time
 class NotCached(TertuliaError):
     """Only a cached answer was asked for (Cache-Control: only-if-cached), and there is none."""
 
-    status, type, retry, code = 504, "invalid_request_error", False, "not_cached"
+    status = 504
+    type = "invalid_request_error"
+    retry = False
+    code = "not_cached"
 
 
-class Directives(msgspec.Struct, frozen=True):
+class Directives(NamedTuple):
     """What a request's Cache-Control says; max_age in seconds."""
 
     store: bool = True
@@ -325,13 +329,6 @@ class Replay:
             failed(self._call, error)
 
 
-class _Error(msgspec.Struct, gc=False):
-    error: msgspec.Raw = msgspec.Raw(b"null")
-
-
-_error = msgspec.json.Decoder(_Error)
-
-
 def whole(pieces: list[bytes], stream: bool) -> bool:
     """Whether these pieces are an answer from its beginning to its end: JSON that is no error, or a stream up to
     [DONE] without an error in it."""
@@ -339,13 +336,13 @@ def whole(pieces: list[bytes], stream: bool) -> bool:
         return False
     try:
         if not stream:
-            return bytes(_error.decode(b"".join(pieces)).error) == b"null"
+            return not has_error(b"".join(pieces))
         if pieces[-1].rstrip()[-12:] != b"data: [DONE]" and pieces[-1].rstrip()[-11:] != b"data:[DONE]":
             return False
         for piece in pieces:
             if b'"error"' in piece:  # written inside a text it has backslashes
                 for line in piece.splitlines():
-                    if line.startswith(b"data:") and bytes(_error.decode(line[5:]).error) != b"null":
+                    if line.startswith(b"data:") and has_error(line[5:]):
                         return False
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return False

@@ -10,6 +10,8 @@ import hashlib
 import json
 from typing import Any
 
+import msgspec
+
 from ..core import Call
 
 # Parameters that say nothing about the answer; the model's name is in the plan.
@@ -109,3 +111,15 @@ def _number(text: str) -> int | float:
 _decode = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number).decode
 # Without Infinity: it stands for every number that is too large. ASCII, so that a lone surrogate can be written.
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+
+
+class _Error(msgspec.Struct, gc=False):
+    error: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_error = msgspec.json.Decoder(_Error)
+
+
+def has_error(data: bytes) -> bool:
+    """Whether an answer, or an event of one, tells of an error. Raises DecodeError if it is no JSON object."""
+    return bytes(_error.decode(data).error) != b"null"

@@ -7,7 +7,8 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 
-from ..accounts.ledger import Entry, Ledger, line_of
+from ..accounts.entry import Entry, line_of
+from ..accounts.ledger import Ledger
 from ..core import Call, Next, Usage
 from .accesslog import AccessLog
 from .metrics import COUNTER, GAUGE, PAUSES, Histogram, family, histogram
@@ -65,7 +66,12 @@ class Meter:
         self.in_flight -= 1
         reply, target, who = call.reply, call.target, call.principal
         nanoseconds = _now() - call.began
-        model = target.model if target is not None else ""
+        if call.attempts:
+            model, engine = target.model, target.engine.name  # type: ignore[union-attr]  # it was asked
+        elif target is not None:
+            model, engine = target.model, target.engine.name if call.cache == "joined" else ""
+        else:
+            model = engine = ""
         usage = reply.usage or NOTHING
         if usage.estimated and not usage.prompt_tokens:
             usage = reply.usage = Usage(len(call.body) // BYTES_PER_TOKEN, usage.completion_tokens, estimated=True)
@@ -75,6 +81,7 @@ class Meter:
             nanoseconds // 10_000 / 100, call.stream, usage.prompt_tokens, usage.completion_tokens,
             usage.cached_tokens, usage.reasoning_tokens, call.cost, call.attempts, call.cache,
             call.wishes.retry_count, error.code if error is not None else None, usage.estimated, call.client,
+            engine, call.fallback,
         )  # fmt: skip
         # what reached no engine and was answered by none is no business of the ledger's
         line = self._ledger.append(entry) if call.attempts or call.cache else None
@@ -82,6 +89,8 @@ class Meter:
         series = self.series.get(key)
         if series is None:
             series = self.series[key] = Series()
+        if call.cache and call.cache != "miss":
+            usage = NOTHING  # it was generated for another call, and is counted there
         series.count(usage, nanoseconds * 1e-9)
         if call.stream and reply.first:
             self._observe_first(task, (reply.first - call.began) * 1e-9)

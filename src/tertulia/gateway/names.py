@@ -5,23 +5,31 @@ of the file), OpenAI's names if the server is not strict. Nothing else: an unkno
 
 Who may answer is a Plan. A model that several upstreams list has as many legs in one group; a route has what is
 configured; where an upstream answers, the models of the setting `fallback` come after it. A model of this machine is
-answered by nobody else unless a route says so.
+answered by nobody else unless a route says so; a name that the settings give to an upstream's model is not shared
+with upstreams that merely list it.
+
+An upstream with `discover` says what it has when it is up: a name that it may list leads nowhere until then, and is no
+mistake of the settings.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import msgspec
 
-from ..config import Route, Settings
+from ..config import LocalModel, Route, Settings, Upstream
 from ..core import Call, Leg, ModelCard, Plan, Preset, Target
 from ..engines.base import Engine
 from ..errors import BadRequest, ModelNotFound, SettingsError
+from .length import refuse_too_long
 
+log = logging.getLogger("tertulia.gateway")
 CHAT, EMBEDDING = "chat", "embedding"
 # OpenAI's names, current, legacy and retired, and which of the defaults stands in for them.
 # What speaks, hears or draws is nobody's: text models do not stand in for it.
@@ -63,26 +71,35 @@ class Names:
         fallback: Sequence[str] = (),
         retries: int = 2,
         on_break: str = "error",
+        upstreams: Mapping[str, Upstream] | None = None,
+        local: Mapping[str, LocalModel] | None = None,
+        context_length: int | None = None,
     ) -> None:
         """defaults: {"chat": NAME, "embedding": NAME}. Raises SettingsError for a name that leads nowhere."""
         self._engines = list(engines)
         self._presets = dict(presets)
         self._routes, self._fallback = dict(routes or {}), list(fallback)
         self._retries, self._on_break = retries, on_break
+        self._upstreams, self._local, self._context_length = dict(upstreams or {}), dict(local or {}), context_length
         patterns = [] if strict else [(name, defaults.get(kind, "")) for name, kind in OPENAI_NAMES]
         self._exact = {name: model for name, model in aliases.items() if not _is_pattern(name)}
         self._patterns = [(name, model) for name, model in aliases.items() if _is_pattern(name)] + patterns
         self._started = int(time.time())
         self._known: dict[str, Plan] = {}
-        self._cards: dict[str, tuple[tuple[Engine, ModelCard], ...]] = {}
+        self._cards: dict[str, tuple[tuple[Engine, ModelCard], ...]] = {}  # who answers for a name
+        self._all: dict[str, list[tuple[Engine, ModelCard]]] = {}  # and who has a model of that name
+        self._offered: dict[str, dict[str, ModelCard]] = {}  # what routes name and their upstreams do not list
+        self._said: set[tuple[str, str]] = set()
         self._checked = False
         self._offer()
         self.refresh()
         self._check()
         self._checked = True
         for kind, model in defaults.items():
-            plan = self._find(model, 0)  # None: not fetched yet
-            if plan is not None and not serves(card := plan.groups[0][0].target.card, kind):
+            plan = self._find(model, 0)
+            if plan is None:  # not fetched yet, or not listed yet
+                self._expected(model, f"{kind}_model")
+            elif not serves(card := plan.groups[0][0].target.card, kind):
                 raise SettingsError(f"{kind}_model: {wrong_kind(model, card, kind)}")
 
     @classmethod
@@ -92,6 +109,7 @@ class Names:
         return cls(
             engines, settings.presets, settings.aliases, defaults, settings.strict_models, routes=settings.routes,
             fallback=settings.fallback, retries=settings.retries, on_break=settings.on_break,
+            upstreams=settings.upstreams, local=settings.models, context_length=settings.context_length,
         )  # fmt: skip
 
     def replace(self, other: Names) -> None:
@@ -100,7 +118,7 @@ class Names:
 
     def _offer(self) -> None:
         """Has upstreams offer what routes name by the upstream's own names."""
-        upstreams = {getattr(engine, "name", ""): engine for engine in self._engines}
+        upstreams = {engine.name: engine for engine in self._engines if hasattr(engine, "offer")}
         for name, route in self._routes.items():
             for at, target in enumerate(route.targets):
                 if target.upstream is None:
@@ -109,8 +127,8 @@ class Names:
                 if engine is None:
                     setting = f"routes.{name}.targets[{at}].upstream"
                     raise SettingsError(f"{setting}: there is no upstream {target.upstream!r}")
-                if all(card.id != target.model for card in engine.models()):
-                    engine.offer(target.model)  # type: ignore[attr-defined]  # upstreams have it
+                card = engine.offer(target.model)
+                self._offered.setdefault(target.upstream, {})[card.id] = card
 
     def _check(self) -> None:
         for name, preset in self._presets.items():
@@ -134,27 +152,53 @@ class Names:
             way.append(step)
             following = self._presets[step].model if step in self._presets else self._exact.get(step)
             if following is None:
-                raise SettingsError(f"{setting}: there is no model {model!r}")
+                if step not in self._routes and not self._expected(step, setting):  # a route: of models not listed yet
+                    raise SettingsError(f"{setting}: there is no model {model!r}")
+                return
             step = following
         raise SettingsError(f"{setting}: it is a circle: {' -> '.join([*way, step])}")
 
+    def _expected(self, model: str, setting: str) -> bool:
+        """Whether an upstream may list a model of that name once it is asked; said, since it may be a mistake too."""
+        upstream = may_list(self._upstreams, model)
+        if upstream is not None and (setting, model) not in self._said:
+            self._said.add((setting, model))
+            log.warning("%s: %r is not known yet; upstreams.%s may list it", setting, model, upstream)
+        return upstream is not None
+
     def refresh(self) -> None:
-        """Asks the engines again what they serve. Upstreams share a name; a model of this machine has its own alone."""
+        """Asks the engines again what they serve. Upstreams share a name, but not with those that merely list it; a
+        model of this machine has its own alone."""
         cards: dict[str, list[tuple[Engine, ModelCard]]] = {}
         for engine in self._engines:
-            for card in engine.models():
+            listed = {card.id: card for card in engine.models()}
+            offered = self._offered.get(engine.name, {}) if hasattr(engine, "offer") else {}
+            for card in (offered | listed).values():
                 cards.setdefault(card.id, []).append((engine, card))
-        for id, found in cards.items():
-            ours = [(engine, card) for engine, card in found if not _is_far(card)]
-            if ours:
-                cards[id] = ours[-1:]
-        self._cards = {id: tuple(found) for id, found in cards.items()}
+        self._all = cards
+        self._cards = {id: tuple(self._who(found)) for id, found in cards.items()}
         self._known.clear()
+
+    def _who(self, found: list[tuple[Engine, ModelCard]]) -> list[tuple[Engine, ModelCard]]:
+        ours = [(engine, card) for engine, card in found if not _is_far(card)]
+        if ours:
+            return ours[-1:]
+        named = [
+            (engine, card) for engine, card in found
+            if card.id in engine.named or card.id in self._offered.get(engine.name, ())  # type: ignore[attr-defined]
+        ]  # fmt: skip
+        return named or found
+
+    def targets(self) -> set[tuple[str, str]]:
+        """Every (upstream, model) there is; "" for this machine."""
+        return {(engine_name(engine, card), id) for id, found in self._all.items() for engine, card in found}
 
     def resolve(self, call: Call, model: str) -> None:
         """Sets call.plan and call.target, and applies the preset if the name is one. Raises ModelNotFound."""
         call.plan = plan = self._known.get(model) or self.plan(model)
-        call.target = target = plan.groups[0][0].target
+        call.target = target = plan.first
+        if plan.longest is not None:
+            refuse_too_long(call, plan.longest)
         if target.preset is not None:
             if call.task.name == EMBEDDING:
                 raise BadRequest(f"The preset `{model}` does not embed.", param="model")
@@ -163,6 +207,11 @@ class Names:
     def find(self, model: str) -> Target:
         """What answers for model, or would at first. Raises ModelNotFound."""
         return self.plan(model).groups[0][0].target
+
+    def is_far(self, model: str) -> bool:
+        """Whether there is such a model, and an upstream has it."""
+        plan = self._find(model, 0)
+        return plan is not None and _is_far(plan.groups[0][0].target.card)
 
     def plan(self, model: str) -> Plan:
         """Who may answer for model. Raises ModelNotFound."""
@@ -186,7 +235,7 @@ class Names:
             return self._plan(name, [self._of_model(name)])
         preset = self._presets[name]
         base = self._find(preset.model, depth + 1)
-        return None if base is None else _with_preset(base, preset)
+        return None if base is None else self._with_preset(base, preset)
 
     def _means(self, model: str) -> str | None:
         """The route, model or preset that a name stands for, through aliases; None if it leads nowhere."""
@@ -206,7 +255,8 @@ class Names:
         """The legs of a model: one, or one for each upstream that has it; weight is of all of them together."""
         found = self._cards.get(model, ())
         if upstream is not None:
-            found = tuple((engine, card) for engine, card in found if getattr(engine, "name", "") == upstream)
+            there = self._all.get(model, ())
+            found = tuple((engine, card) for engine, card in there if engine_name(engine, card) == upstream)
         return [Leg(Target(engine, model, card), weight / len(found)) for engine, card in found]
 
     def _legs(self, model: str, setting: str, weight: float = 1.0) -> list[Leg]:
@@ -220,6 +270,8 @@ class Names:
         if self._checked:
             return self._targets(name) if name in self._routes else []
         if name is None:
+            if self._expected(model, setting):
+                return []
             raise SettingsError(f"{setting}: there is no model {model!r}")
         if name in self._presets:
             raise SettingsError(f"{setting}: {model!r} is a preset; name its model, {self._presets[name].model!r}")
@@ -235,11 +287,7 @@ class Names:
             if target.upstream is None:
                 legs += self._legs(target.model, setting, target.weight)
                 continue
-            model = self._ours(target.upstream, target.model)
-            found = self._of_model(model, target.weight, target.upstream)
-            if not found and not self._checked:
-                raise SettingsError(f"{setting}: a model of this machine is called {model!r}")
-            legs += found
+            legs += self._of_model(self._ours(target.upstream, target.model), target.weight, target.upstream)
         return legs
 
     def _routed(self, name: str) -> Plan | None:
@@ -255,10 +303,8 @@ class Names:
 
     def _ours(self, upstream: str, model: str) -> str:
         """Our name for a model that an upstream calls so, or that we call so."""
-        engine = next(engine for engine in self._engines if getattr(engine, "name", "") == upstream)
-        if any(card.id == model for card in engine.models()):
-            return model
-        return str(engine.offer(model))  # type: ignore[attr-defined]  # upstreams have it
+        engine: Any = next(one for one in self._engines if hasattr(one, "offer") and one.name == upstream)
+        return str(engine.offer(model).id)
 
     def _plan(self, name: str, groups: list[list[Leg]], route: Route | None = None) -> Plan:
         if _is_far(groups[0][0].target.card):
@@ -282,15 +328,40 @@ class Names:
             on_break=self._on_break if route is None or route.on_break is None else route.on_break,
             timeout=route.timeout if route else None,
             cache=route.cache if route else None,
-            revision=_revision(kept, None),
+            revision=self._revision(kept, None),
+            longest=_longest(kept[0]),
         )
+
+    def _with_preset(self, base: Plan, preset: Preset) -> Plan:
+        """The plan of the preset's model, with the preset for whoever answers."""
+        whole = _merge(base.groups[0][0].target.preset, preset)
+        groups = [
+            tuple(Leg(Target(leg.target.engine, leg.target.model, leg.target.card, whole), leg.weight) for leg in group)
+            for group in base.groups
+        ]
+        return msgspec.structs.replace(base, groups=tuple(groups), revision=self._revision(groups, whole))
+
+    def _revision(self, groups: Sequence[Sequence[Leg]], preset: Preset | None) -> str:
+        """Stands for everything an answer depends on beside the request: who answers, with which model and preset."""
+        who: list[object] = []
+        for group in groups:
+            for leg in group:
+                engine, model, card = leg.target.engine, leg.target.model, leg.target.card
+                where = (
+                    engine.identity(model) if hasattr(engine, "identity")
+                    else (model, self._local.get(model), self._context_length)
+                )  # fmt: skip
+                who.append((type(engine).__name__, where, card.source, card.sha256, card.bytes, card.kind))
+                who.append(sorted(card.sampling.items()))
+        return hashlib.sha256(msgspec.json.encode((who, preset), order="sorted")).hexdigest()[:16]
 
     def listed(self) -> list[ModelCard]:
         """Every model, preset and exact alias, as GET /v1/models shows them."""
         cards = {name: self._dated(found[0][1]) for name, found in self._cards.items()}
         for name in [*self._routes, *self._presets, *self._exact]:
-            if name not in cards:
-                cards[name] = msgspec.structs.replace(self._dated(self.find(name).card), id=name)
+            plan = None if name in cards else self._find(name, 0)
+            if plan is not None:  # else it has the name of a model, or leads nowhere at the moment
+                cards[name] = msgspec.structs.replace(self._dated(plan.groups[0][0].target.card), id=name)
         return list(cards.values())
 
     def card(self, model: str) -> ModelCard:
@@ -319,25 +390,22 @@ def _is_far(card: ModelCard) -> bool:
     return card.source.startswith("upstream:")
 
 
-def _with_preset(base: Plan, preset: Preset) -> Plan:
-    """The plan of the preset's model, with the preset for whoever answers."""
-    whole = _merge(base.groups[0][0].target.preset, preset)
-    groups = [
-        tuple(Leg(Target(leg.target.engine, leg.target.model, leg.target.card, whole), leg.weight) for leg in group)
-        for group in base.groups
-    ]
-    return msgspec.structs.replace(base, groups=tuple(groups), revision=_revision(groups, whole))
+def _longest(group: Sequence[Leg]) -> int | None:
+    """Tokens that the largest of these holds; None if one's are not known, or are its own to count."""
+    lengths = [leg.target.card.context_length for leg in group if _is_far(leg.target.card)]
+    known = [length for length in lengths if length is not None]
+    return max(known) if len(known) == len(group) else None
 
 
-def _revision(groups: Sequence[Sequence[Leg]], preset: Preset | None) -> str:
-    """Stands for everything an answer depends on beside the request: who answers, with which model and preset."""
-    who = []
-    for group in groups:
-        for leg in group:
-            engine, card = leg.target.engine, leg.target.card
-            theirs = engine.theirs(leg.target.model) if hasattr(engine, "theirs") else leg.target.model
-            who.append((type(engine).__name__, getattr(engine, "name", ""), theirs, card.sha256, card.source))
-    return hashlib.sha256(msgspec.json.encode((who, preset))).hexdigest()[:12]
+def may_list(upstreams: Mapping[str, Upstream], model: str) -> str | None:
+    """The upstream that may list a model of that name when it is asked; None if there is none such."""
+    fits = (name for name, one in upstreams.items() if one.discover and model.startswith(one.prefix))
+    return next(fits, None)
+
+
+def engine_name(engine: Any, card: ModelCard) -> str:
+    """The name of the upstream that has a model; none for an engine of ours, whose models' names are theirs alone."""
+    return str(engine.name) if _is_far(card) else ""
 
 
 def _is_pattern(name: str) -> bool:

@@ -18,7 +18,7 @@ from time import perf_counter_ns
 
 from ..config import Settings
 from ..core import DEADLINE, FINISHED, Call, Leg, Next, Plan, Target
-from ..engines.timeouts import Timeouts
+from ..engines.timeouts import GRAIN, Timeouts
 from ..errors import DeadlineExceeded, Overloaded, QuotaExceeded, RateLimited, TertuliaError
 from .backoff import BUSY, PATIENCE_SECONDS, REFUSED, delay, judge
 from .line import HIGH, LOW, NORMAL, Ticket
@@ -56,6 +56,7 @@ class Route:
         self.retries = self.fallbacks = self.continued = self.refused = 0
         self.queued = Histogram()
         self.waits: dict[Ticket, asyncio.TimerHandle] = {}
+        self.silences: dict[Trip, asyncio.TimerHandle] = {}  # of streams: until its silence is worth a heartbeat
         self._by_seconds: dict[float, Timeouts[Trip]] = {}
         self._take(settings)
 
@@ -71,8 +72,8 @@ class Route:
         return found
 
     def reload(self, settings: Settings) -> None:
-        """Other settings for the calls to come; those under way keep their deadlines."""
-        self.targets.reload(settings)
+        """Other settings for the calls to come; those under way keep their deadlines. Names have theirs already."""
+        self.targets.reload(settings, self.names.targets())
         self._take(settings)
 
     def close(self) -> None:
@@ -81,7 +82,7 @@ class Route:
             timeouts.close()
         if self.beats is not None:
             self.beats.close()
-        for timer in self.waits.values():
+        for timer in (*self.waits.values(), *self.silences.values()):
             timer.cancel()
         self.targets.close()
 
@@ -112,10 +113,10 @@ class Route:
             if plan.on_break == CONTINUE:
                 trip.resume = Resume()
                 reply.rewrite(trip.resume.see)
-        group = plan.groups[0]
-        if len(group) == 1:
-            target = group[0].target
+        if plan.alone:
+            target: Target = plan.first
         else:
+            group = plan.groups[0]
             target = self.choose([leg for leg in group if self.targets.of(leg.target).clear] or group, plan.balance)
         live: Live = target.live or self.targets.of(target)
         return trip.go(target, live) if live.clear else trip.look()
@@ -150,13 +151,31 @@ class Route:
         reply.fail(DeadlineExceeded(f"The request took longer than {seconds:g} seconds."))
 
     def _beat(self, trip: Trip) -> None:
-        """Heartbeats go on until something comes, and again while a broken stream waits for who continues it."""
+        """A stream that has said nothing for that long gives a sign of life. Nothing is done when a piece comes: this
+        looks when the last one was, and for the rest of the time there is a timer."""
         reply, beats = trip.call.reply, trip.beats
         if reply.closed or beats is None:
             return
-        if not reply.started or trip.live is None:
+        if reply.started and trip.live is not None:
+            left = beats.seconds - (perf_counter_ns() - reply.last) * 1e-9
+            if left > GRAIN:
+                self.silences[trip] = self.loop.call_later(left, self._silent, trip)
+                return
+        if not reply.paused:  # the client is behind: it has more than enough to read
             reply.beat()
-            beats.add(trip)
+        beats.add(trip)
+
+    def _silent(self, trip: Trip) -> None:
+        self.silences.pop(trip, None)
+        self._beat(trip)
+
+    def calm(self, trip: Trip) -> None:
+        """No heartbeats any more."""
+        if trip.beats is not None:
+            trip.beats.remove(trip)
+            timer = self.silences.pop(trip, None)
+            if timer is not None:
+                timer.cancel()
 
     def level(self, call: Call) -> int:
         """Its place in line: what its key is given, else what it asks for."""
@@ -257,7 +276,7 @@ class Trip:
         if self.timer is not None:
             self.timer.cancel()
         if self.beats is not None:
-            self.beats.remove(self)
+            self.route.calm(self)
         live = self.live
         if live is not None:
             self._leave(live, outcome)
@@ -265,6 +284,7 @@ class Trip:
             self.resume.settle(self.call.reply)
         if self.detour is not None:
             self.detour.cancel()
+            self.detour = None  # it refers to us
 
     def _leave(self, live: Live, outcome: str, retry_after: float | None = None) -> None:
         """The attempt is over."""
@@ -318,7 +338,7 @@ class Trip:
                 reply.close()
                 return True
             if self.beats is not None:
-                self.beats.remove(self)
+                self.route.calm(self)
                 self.beats.add(self)
         else:
             reply.usage = None
@@ -355,6 +375,7 @@ class Trip:
             reply.header("x-tertulia-attempts", str(call.attempts + 1))
         if detour.group:
             reply.header("x-tertulia-fallback", call.model)
+            call.fallback = True
         if detour.tries:
             route.retries += 1
         elif detour.group:

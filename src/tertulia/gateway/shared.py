@@ -246,7 +246,7 @@ class Flight:
         """A listener's reply has closed: it was given everything, or its client left."""
         del self.listeners[listener]
         call, reply = listener.call, listener.reply
-        call.target = self.call.target
+        call.target, call.fallback = self.call.target, self.call.fallback
         if listener is self.payer:
             self._settle(listener, outcome)
         if self.reply.usage is not None:

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from time import perf_counter_ns
-from typing import Any
 
 import msgspec
 
@@ -19,6 +18,7 @@ from . import backoff
 from .backoff import Budget
 from .breaker import CLOSED, OPEN, Breaker
 from .line import Line, Ticket
+from .names import engine_name
 
 READY, WAITS, BROKEN = 0, 1, 2  # a call may go there now; in a while; not until its breaker lets it
 SMOOTHING = 0.2  # weight of the newest value in a moving average
@@ -61,8 +61,8 @@ class Live:
     needs to be looked at."""
 
     __slots__ = (
-        "_pumping", "_wake", "breaker", "budget", "calls", "clear", "counts", "duration", "far", "finished", "header",
-        "in_flight", "label", "latency", "latency_at", "limit", "line", "rates", "resting", "time",
+        "_pumping", "_wake", "breaker", "budget", "calls", "clear", "counts", "duration", "far", "finished", "gone",
+        "header", "in_flight", "label", "latency", "latency_at", "limit", "line", "rates", "resting", "time",
     )  # fmt: skip
 
     def __init__(self, label: str, model: str, far: bool, time: Callable[[], float], settings: Settings) -> None:
@@ -81,6 +81,7 @@ class Live:
         self.duration = 0.0  # seconds of a whole call, a moving average, measured where there is a limit
         self.resting = 0.0  # until then it asked to be left alone
         self.clear = True
+        self.gone = False  # the settings do not have it any more
         self._wake: asyncio.TimerHandle | None = None
         self._pumping = False
 
@@ -229,14 +230,22 @@ class Targets:
         self._rates: dict[str, Rates] = {}
 
     def __iter__(self) -> Iterator[Live]:
+        self._clean()
         return iter(self._lives.values())
+
+    def _clean(self) -> None:
+        """What is gone is forgotten when its last call has ended."""
+        for key, live in list(self._lives.items()):
+            if live.gone and not live.in_flight and not len(live.line):
+                live.close()
+                del self._lives[key]
 
     def of(self, target: Target) -> Live:
         """How it is doing; kept with the target, so that it is found without looking from then on."""
         found: Live | None = target.live
         if found is not None:
             return found
-        engine = engine_name(target.engine)
+        engine = engine_name(target.engine, target.card)
         found = self._lives.get((engine, target.model))
         if found is None:
             far = target.card.source.startswith("upstream:")
@@ -257,19 +266,17 @@ class Targets:
                     rates = self._rates[engine] = Rates(upstream, self._time())
         live.tune(self._settings, limit, rates)
 
-    def reload(self, settings: Settings) -> None:
-        """Other limits for the same targets; what is in flight stays counted. Of an upstream that is gone, idle
-        ones go."""
+    def reload(self, settings: Settings, there: Set[tuple[str, str]]) -> None:
+        """Other limits for the same targets; what is in flight stays counted. there: (upstream, model) of all there
+        are; others go when they are idle."""
         old, self._settings = self._settings, settings
         for name in list(self._rates):
             if _limits(old.upstreams, name) != _limits(settings.upstreams, name):
                 del self._rates[name]
-        for (engine, model), live in list(self._lives.items()):
-            if engine and engine not in settings.upstreams and not live.in_flight and not len(live.line):
-                live.close()
-                del self._lives[engine, model]
-            else:
-                self._tune(engine, live)
+        for (engine, model), live in self._lives.items():
+            live.gone = (engine, model) not in there
+            self._tune(engine, live)
+        self._clean()
 
     def close(self) -> None:
         for live in self._lives.values():
@@ -279,8 +286,3 @@ class Targets:
 def _limits(upstreams: Mapping[str, Upstream], name: str) -> object:
     upstream = upstreams.get(name)
     return upstream and (upstream.requests_per_minute, upstream.tokens_per_minute)
-
-
-def engine_name(engine: Any) -> str:
-    """An upstream's name; none for an engine of ours, whose models' names are theirs alone."""
-    return str(getattr(engine, "name", ""))

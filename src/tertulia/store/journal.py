@@ -2,9 +2,9 @@
 disk at the latest `flush_seconds` later. It knows nothing of what the lines say.
 
 The file is written through shared memory: a line costs a copy instead of a system call, and the page cache has it all
-the same if the process is killed. Room is made ahead, STEP bytes at a time, by allocating blocks, so that a full disk is
-an error when room is made and never a fault in the middle of a copy. What is not written yet reads as zero bytes; they
-are cut off when the journal is closed or opened again.
+the same if the process is killed. Room is made ahead, STEP bytes at a time, by allocating blocks, so that a full disk
+is an error when room is made and never a fault in the middle of a copy. What is not written yet reads as zero bytes;
+they lie behind the last line break until the journal is closed or opened again.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tertulia.accounts.ledger import Entry, Ledger
+from tertulia.accounts.entry import Entry
+from tertulia.accounts.ledger import Ledger
 from tertulia.accounts.prices import NANO, Prices
 from tertulia.core import Usage
 from tertulia.errors import SettingsError

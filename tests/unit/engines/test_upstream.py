@@ -13,7 +13,7 @@ import pytest
 from far import ANSWER, CHAT, DONE, SSE, STREAM, USAGE, chunked, event, far_side, run, stream, whole
 from tertulia import config
 from tertulia.core import CLIENT_LEFT, FAILED, FINISHED, Usage
-from tertulia.engines.attempts import refusal, reported, retry_after
+from tertulia.engines.answers import Listed, refusal, reported, retry_after
 from tertulia.engines.upstream import Upstream, rewritten
 from tertulia.errors import SettingsError, UpstreamRefused
 
@@ -735,11 +735,21 @@ def test_cards() -> None:
     ]
 
 
+def test_an_upstream_that_continues_says_so_on_its_cards() -> None:
+    for continues, capabilities in ((True, ("continue_final_message",)), (False, ())):
+        upstream = Upstream("u", settings(models={"a": "x"}, continues=continues), None, {})
+        upstream._take([Listed("b")])
+        assert [card.capabilities for card in (*upstream.models(), upstream.offer("c"))] == [capabilities] * 3
+
+
 def test_a_model_can_be_offered_by_the_name_it_has_there() -> None:
     upstream = Upstream("u", settings(models={"a": "gpt-x"}), None, {})
-    assert upstream.offer("gpt-x") == "a"
-    assert upstream.offer("o9") == upstream.offer("o9") == "u/o9"
-    assert [card.id for card in upstream.models()] == ["a", "u/o9"]
+    assert upstream.offer("gpt-x").id == upstream.offer("a").id == "a"
+    assert upstream.offer("o9").id == "u/o9" and upstream.offer("o9") is upstream.offer("o9")
+    assert [card.id for card in upstream.models()] == ["a"]  # a route has it listed
+    upstream._take([Listed("o9"), Listed("new")])
+    assert [card.id for card in upstream.models()] == ["a", "o9", "new"] and upstream.named == {"a"}
+    assert upstream.offer("o9").id == "u/o9"  # whatever it lists
 
 
 def listing(*models: dict[str, Any]) -> bytes:

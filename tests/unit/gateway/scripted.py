@@ -93,10 +93,15 @@ class Far:
     def _card(self, model: str) -> ModelCard:
         return ModelCard(id=model, kind="chat", source=f"upstream:{self.name}")
 
-    def offer(self, theirs: str) -> str:
-        ours = f"{self.name}/{theirs}"
-        self.cards.append(self._card(ours))
-        return ours
+    @property
+    def named(self) -> set[str]:
+        return {card.id for card in self.cards}
+
+    def offer(self, model: str) -> ModelCard:
+        return next((card for card in self.cards if card.id == model), self._card(f"{self.name}/{model}"))
+
+    def identity(self, model: str) -> object:
+        return self.name, model
 
     def models(self) -> Sequence[ModelCard]:
         return self.cards
@@ -116,8 +121,10 @@ class Far:
 class Near(Far):
     """An engine of this machine."""
 
+    offer: Any = property()  # which it has not
+
     def __init__(self, *steps: Step, models: Sequence[str] = ("local",)) -> None:
-        super().__init__("", *(steps or (says(b"local"),)), models=models)
+        super().__init__("local", *(steps or (says(b"local"),)), models=models)
 
     def _card(self, model: str) -> ModelCard:
         return ModelCard(id=model, kind="chat", source="file:/m.gguf")
@@ -128,7 +135,7 @@ class House:
 
     def __init__(self, *engines: Any, random: float = 0.0, **settings: Any) -> None:
         model = engines[0].cards[0].id
-        upstreams = {engine.name: {"base_url": "http://h/v1"} for engine in engines if engine.name}
+        upstreams = {engine.name: {"base_url": "http://h/v1"} for engine in engines if hasattr(engine, "offer")}
         for name, more in settings.pop("upstreams", {}).items():
             upstreams[name] = {**upstreams[name], **more}
         given = {"chat_model": model, "embedding_model": "none", "heartbeat": 0, "upstreams": upstreams, **settings}

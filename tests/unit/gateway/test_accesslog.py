@@ -71,7 +71,7 @@ def test_close_writes_what_waits_and_ends_the_thread(path: Path) -> None:
         made.write(Line(n))
     made.close()
     assert [line["n"] for line in lines(path)] == list(range(2500))
-    assert not made._thread.is_alive() and made.dropped == 0
+    assert not made._writer.is_alive() and made.dropped == 0
 
 
 def test_lines_of_several_runs_are_appended(path: Path) -> None:

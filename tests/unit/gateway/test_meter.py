@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 from tertulia.accounts.ledger import Ledger
-from tertulia.core import Call, Next, Principal, Reply, Task, Usage
+from tertulia.core import Call, ModelCard, Next, Principal, Reply, Target, Task, Usage
 from tertulia.engines.base import Collector
 from tertulia.gateway.accesslog import AccessLog
 from tertulia.gateway.meter import Meter, Series
@@ -24,6 +25,7 @@ def play(
 ) -> Reply:  # fmt: skip
     def engine(call: Call) -> None:
         call.attempts, call.cache = attempts, cache
+        call.target = Target(SimpleNamespace(name="u"), "m", ModelCard(id="m", kind="chat", source="upstream:u"))
         call.reply.begin()
         call.reply.usage = usage
         for piece in pieces:
@@ -77,11 +79,24 @@ def test_the_ledgers_line_is_the_access_logs_line(tmp_path: Path) -> None:
     assert (tmp_path / "a.log").read_bytes().splitlines() == read(tmp_path / "ledger.jsonl")
 
 
+def test_tokens_count_once_whoever_is_answered_with_them(tmp_path: Path) -> None:
+    it = meter(tmp_path)
+    play(it, [b"{}"], False, Usage(5, 7), cache="miss")
+    play(it, [b"{}"], False, Usage(5, 7), cache="hit", attempts=0)
+    play(it, [b"{}"], False, Usage(5, 7), cache="joined", attempts=0)
+    [series] = it.series.values()
+    assert (series.calls, series.prompt, series.completion) == (3, 5, 7)
+    miss, hit, joined = Ledger(tmp_path).entries()
+    assert [entry.completion_tokens for entry in (miss, hit, joined)] == [7, 7, 7]
+    assert [entry.target for entry in (miss, hit, joined)] == ["u", "", "u"]
+
+
 def test_the_exposition_is_prometheus_text(tmp_path: Path) -> None:
     it = meter(tmp_path)
     play(it, [b"{}"], False, Usage(5, 7))
     it.series[("chat", 'a"b\\c\n', "finished", 200)] = Series()
     it.sources.append(lambda: ["tertulia_of_another_part 3"])
+    it.series[("chat", "", "finished", 200)] = it.series.pop(("chat", "m", "finished", 200))
     lines = it.exposition().decode().splitlines()
     assert "tertulia_calls_in_flight 0" in lines and "tertulia_of_another_part 3" in lines
     assert 'tertulia_calls_total{task="chat",model="",outcome="finished",status="200"} 1' in lines

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tertulia import config
 from tertulia.api import chat, completions, embeddings
 from tertulia.config import load
 from tertulia.core import NOBODY, Call, ModelCard, Plan, Preset, Reply, Task
 from tertulia.engines.base import Collector
-from tertulia.errors import BadRequest, ModelNotFound, SettingsError
-from tertulia.gateway.names import KNOWN_LIMIT, Names
+from tertulia.engines.upstream import Upstream
+from tertulia.errors import BadRequest, ContextLengthExceeded, ModelNotFound, SettingsError
+from tertulia.gateway.names import KNOWN_LIMIT, Names, engine_name
 
 DEFAULTS = {"chat": "small", "embedding": "vectors"}
 
 
 class Shelf:
     """An engine that only lists models."""
+
+    name = "local"
 
     def __init__(self, *cards: ModelCard) -> None:
         self.cards = list(cards)
@@ -132,10 +138,10 @@ def test_a_default_of_the_wrong_kind_is_refused(defaults: dict[str, str], said: 
 
 
 def test_defaults_of_far_models_and_of_those_that_can_do_both_are_taken() -> None:
-    far = ModelCard(id="far", kind="chat", source="upstream:u")
     both = card("both", capabilities=("chat", "embedding"))
     for name in ("far", "both"):
-        found = Names([Shelf(far, both)], {}, {}, {"chat": name, "embedding": name})
+        upstream = Far("u", far="f")
+        found = Names([Shelf(both), upstream], {}, {}, {"chat": name, "embedding": name})
         assert found.find("gpt-4o").model == found.find("text-embedding-3-small").model == name
 
 
@@ -256,21 +262,29 @@ class Far(Shelf):
     """An upstream that only lists models: ours to theirs."""
 
     def __init__(self, name: str, **models: str) -> None:
-        self.name, self.pairs = name, dict(models)
+        self.name, self.pairs, self.lists = name, dict(models), dict[str, str]()
+        self.url, self.lengths = "http://h/v1", dict[str, int]()
         super().__init__()
 
+    @property
+    def named(self) -> frozenset[str]:
+        return frozenset(self.pairs)
+
+    def _card(self, ours: str) -> ModelCard:
+        length = self.lengths.get(ours)
+        return ModelCard(id=ours, kind="chat", source=f"upstream:{self.name}", context_length=length)
+
     def models(self) -> Sequence[ModelCard]:
-        return [ModelCard(id=ours, kind="chat", source=f"upstream:{self.name}") for ours in self.pairs]
+        return [self._card(ours) for ours in self.lists | self.pairs]
 
-    def offer(self, theirs: str) -> str:
+    def offer(self, model: str) -> ModelCard:
         for ours, known in self.pairs.items():
-            if known == theirs:
-                return ours
-        self.pairs[f"{self.name}/{theirs}"] = theirs
-        return f"{self.name}/{theirs}"
+            if model in (ours, known):
+                return self._card(ours)
+        return self._card(f"{self.name}/{model}")
 
-    def theirs(self, model: str) -> str:
-        return self.pairs[model]
+    def identity(self, model: str) -> object:
+        return self.name, self.pairs.get(model, model), self.url
 
 
 def planned(engines: Sequence[Any], **settings: Any) -> Names:
@@ -281,7 +295,7 @@ def planned(engines: Sequence[Any], **settings: Any) -> Names:
 def shape(plan: Plan) -> list[list[str]]:
     """Who may answer, as UPSTREAM:MODEL*WEIGHT."""
     return [
-        [f"{getattr(leg.target.engine, 'name', '')}:{leg.target.model}*{leg.weight:g}" for leg in group]
+        [f"{engine_name(leg.target.engine, leg.target.card)}:{leg.target.model}*{leg.weight:g}" for leg in group]
         for group in plan.groups
     ]
 
@@ -394,6 +408,127 @@ def test_the_revision_stands_for_what_an_answer_depends_on() -> None:
     others = [revision(theirs="c"), revision(preset="x"), revision(preset="y"), revision(fallback=["small"])]
     others.append(revision("small"))
     assert len({*others, revision()}) == 6
+
+
+def test_the_revision_changes_with_whatever_changes_answers() -> None:
+    def near(sampling: dict[str, float], **settings: Any) -> str:
+        shelf = Shelf(card("small", sampling=sampling, sha256="1"), card("vectors", "embedding"))
+        return planned([shelf], **settings).plan("small").revision
+
+    revisions = [
+        near({}), near({"temperature": 0.2}), near({"temperature": 0.3}), near({}, context_length=512),
+        near({}, models={"small": {"source": "x", "lora": ["a.gguf"]}}),
+    ]  # fmt: skip
+    assert near({}) == near({}, models={"large": {"source": "x"}}) == revisions[0] and len(set(revisions)) == 5
+
+    def far(**upstream: Any) -> str:
+        given = config.Upstream(**{"base_url": "http://one/v1", "models": {"m": "b"}, **upstream})
+        return planned([SHELF, Upstream("u", given, "sk-1", {})]).plan("m").revision
+
+    revisions = [
+        far(), far(base_url="http://two/v1"), far(kind="azure"), far(kind="azure", api_version="1"),
+        far(kind="azure", api_version="2"), far(models={"m": "c"}), far(headers={"X-Which": "1"}), far(project="p"),
+    ]  # fmt: skip
+    assert len(set(revisions)) == 8
+    assert far(connections=3, stall_timeout=5.0, max_concurrency=1) == revisions[0]  # which change no answer
+
+
+def test_a_name_that_is_only_listed_hides_no_other() -> None:
+    u, v, w = Far("u", big="b"), Far("v"), Far("w", big="c")
+    v.lists = {"big": "x", "small": "y", "own": "z"}
+    it = planned([v, u, SHELF, w])
+    assert shape(it.plan("big")) == [["u:big*0.5", "w:big*0.5"]]  # explicit ones share
+    assert shape(it.plan("small")) == [[":small*1"]] and shape(it.plan("own")) == [["v:own*1"]]
+    t = Far("t")
+    t.lists = {"own": "z"}
+    assert shape(planned([v, t, SHELF]).plan("own")) == [["v:own*0.5", "t:own*0.5"]]
+    routes = {"r": {"targets": [{"model": "v/big"}, {"model": "big", "upstream": "v"}]}}
+    u.lists = {"v/big": "a listed name that looks like an offered one"}
+    assert shape(planned([u, v, SHELF], routes=routes).plan("r")) == [["v:v/big*1"]]
+
+
+EXPECTED: list[dict[str, Any]] = [
+    {"aliases": {"fast": "q/new"}}, {"fallback": ["small", "q/new"]}, {"presets": {"p": {"model": "q/new"}}},
+    {"routes": {"r": {"targets": [{"model": "q/new"}], "fallback": ["q/new"]}}, "aliases": {"s": "r"}},
+    {"routes": {"r": {"targets": [{"model": "small"}, {"model": "q/new"}]}}}, {"chat_model": "q/new"},
+    {"embedding_model": "q/new"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", EXPECTED)
+def test_what_an_upstream_may_list_later_is_a_404_until_then(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def upstreams(discover: bool, prefix: str) -> dict[str, Any]:
+        return {"u": {"base_url": "http://u/v1", "discover": discover, "prefix": prefix}}
+
+    far = Far("u", big="b")
+    it = planned([SHELF, far], upstreams=upstreams(True, "q/"), **settings)
+    assert caplog.text.count("'q/new' is not known yet; upstreams.u may list it") >= 1
+    names = [*settings.get("aliases", {}), *settings.get("presets", {}), "q/new"]
+    for name in names:
+        with pytest.raises(ModelNotFound):
+            it.plan(name)
+    listed = {card.id for card in it.listed()}
+    assert not listed.intersection(names) and listed >= {"small", "big"}
+    far.lists = {"q/new": "new"}
+    it.refresh()
+    assert all(it.find(name).model == "q/new" for name in names) and {card.id for card in it.listed()} >= {*names}
+    if "routes" in settings:
+        assert it.plan("r").groups[0][-1].target.model == "q/new"
+    for wrong in (upstreams(False, "q/"), upstreams(True, "other/")):
+        if not any(name.endswith("_model") for name in settings):  # defaults: check_models looks at them
+            with pytest.raises(SettingsError):
+                planned([SHELF, Far("u", big="b")], upstreams=wrong, **settings)
+
+
+def test_names_that_are_refused_leave_nothing_behind() -> None:
+    upstream = Upstream("u", config.Upstream(base_url="http://u/v1", models={"m": "b"}), None, {})
+    routes = {"r": {"targets": [{"model": "new", "upstream": "u"}]}}
+    before = planned([SHELF, upstream])
+    with pytest.raises(SettingsError):
+        planned([SHELF, upstream], routes=routes, fallback=["nobody"])
+    before.refresh()
+    assert "u/new" not in [card.id for card in before.listed()] and [card.id for card in upstream.models()] == ["m"]
+    after = planned([SHELF, upstream], routes=routes)
+    assert after.find("u/new").model == after.find("r").model == "u/new" and "u/new" in [c.id for c in after.listed()]
+    assert after.targets() == {("", id) for id in ("small", "large", "vectors", "org/model:7b")} | {
+        ("u", "m"), ("u", "u/new"),
+    }  # fmt: skip
+
+
+def test_how_much_a_plan_holds_is_known_if_it_is_of_every_target() -> None:
+    u, v = Far("u", big="b", odd="o"), Far("v", big="b", huge="h")
+    u.lengths, v.lengths = {"big": 10}, {"big": 20, "huge": 30}
+    routes = {
+        "both": {"targets": [{"model": "big"}, {"model": "huge"}], "fallback": ["small"]},
+        "odd-too": {"targets": [{"model": "big"}, {"model": "odd"}]},
+        "ours-too": {"targets": [{"model": "big"}, {"model": "small"}]},
+    }
+    it = planned([SHELF, u, v], routes=routes)
+    longest = {name: it.plan(name).longest for name in ("big", "both", "odd-too", "ours-too", "small", "odd")}
+    assert longest == {"big": 20, "both": 30, "odd-too": None, "ours-too": None, "small": None, "odd": None}
+    task = chat.task(it.resolve)
+    body = {"model": "both", "messages": [{"role": "user", "content": "word " * 31}]}
+    with pytest.raises(ContextLengthExceeded) as error:
+        task.check(Call("req_1", NOBODY, task, json.dumps(body).encode(), Reply(Collector()), 0))
+    assert error.value.param == "messages"
+
+
+def routes_page() -> list[str]:
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "routes.md").read_text(encoding="utf-8")
+    return re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("text", routes_page())
+def test_the_examples_of_routes_name_what_is_there(text: str, tmp_path: Path) -> None:
+    (tmp_path / "t.toml").write_text(text)
+    settings = load({"config": str(tmp_path / "t.toml")}, {})
+    shelf = Shelf(card(settings.chat_model), card(settings.embedding_model, "embedding"))
+    far = [Upstream(name, upstream, None, {}) for name, upstream in settings.upstreams.items()]
+    it = Names.of(settings, [shelf, *far])
+    for name, route in settings.routes.items():
+        assert len([leg for group in it.plan(name).groups for leg in group]) >= len(route.targets)
 
 
 def test_names_are_replaced_under_way() -> None:

@@ -284,7 +284,7 @@ async def test_when_nobody_of_the_group_answers_the_fallback_does() -> None:
     assert wire.headers == {
         "x-tertulia-model": "local", "x-tertulia-attempts": "4", "x-tertulia-fallback": "m",
     }  # fmt: skip
-    assert call.target is not None and call.target.model == "local" and house.route.fallbacks == 1
+    assert call.target is not None and call.target.model == "local" and house.route.fallbacks == 1 and call.fallback
     no_calls_left(house)
 
 
@@ -605,6 +605,56 @@ async def test_heartbeats_until_something_comes() -> None:
     assert b"waiting" not in wire.body
 
 
+def paced(*gaps: float) -> Callable[[Call], None]:
+    """Pieces of a stream after these pauses, then its end."""
+
+    def step(call: Call) -> None:
+        async def go() -> None:
+            for gap in gaps:
+                await asyncio.sleep(gap)
+                call.reply.push(ONE)
+            call.reply.push(b"data: [DONE]\n\n")
+            call.reply.close(FINISHED)
+
+        task = asyncio.ensure_future(go())
+        call.reply.on_close(lambda outcome: task.cancel() and None)
+
+    return step
+
+
+@runs
+async def test_heartbeats_in_a_silence_within_a_stream() -> None:
+    house = House(Far("a", paced(0.0, 0.05, 0.05, 0.27, 0.0)), heartbeat=0.1)
+    _, wire = await house.ask(stream=True)
+    beat = b": waiting\n\n"
+    assert wire.pieces == [ONE, ONE, ONE, beat, beat, ONE, ONE, b"data: [DONE]\n\n"]
+    assert house.route.beats is not None and not house.route.beats._entries and not house.route.silences
+
+
+@runs
+async def test_a_stream_that_flows_has_no_heartbeats_and_leaves_no_timer() -> None:
+    house = House(Far("a", paced(*[0.03] * 8)), heartbeat=0.1)
+    _, wire = await house.ask(stream=True)
+    assert wire.pieces == [ONE] * 8 + [b"data: [DONE]\n\n"] and not house.route.silences
+    call, wire = house.call(stream=True)
+    house.send(call)
+    await asyncio.sleep(0.15)
+    assert house.route.silences
+    call.reply.close(CLIENT_LEFT)
+    assert not house.route.silences and house.route.beats is not None and not house.route.beats._entries
+
+
+@runs
+async def test_no_heartbeats_for_a_client_that_is_behind() -> None:
+    house = House(Far("a", paced(0.0, 0.25)), heartbeat=0.1)
+    call, wire = house.call(stream=True)
+    house.send(call)
+    await asyncio.sleep(0.01)
+    call.reply.pause()
+    await asyncio.wait_for(wire.done(), 5)
+    assert b"waiting" not in wire.body
+
+
 @runs
 async def test_after_a_heartbeat_it_may_still_be_another_one_who_answers() -> None:
     house = House(Far("a", later(0.08, fails(EngineFailed())), streams(ONE)), heartbeat=0.05)
@@ -631,8 +681,22 @@ async def test_a_reload_keeps_what_is_known_of_targets() -> None:
     assert len(engine.calls) == 2 and waiting.deadline is not None
     waiting.reply.close(CLIENT_LEFT)
     no_calls_left(house)
-    house.route.reload(House(Near()).settings)
-    assert list(house.route.targets) == []  # its upstream is gone
+
+
+@runs
+async def test_a_target_that_is_gone_is_forgotten_when_its_last_call_has_ended() -> None:
+    house = House(Far("a", hangs, models=("m", "n")))
+    call, _ = house.call()
+    house.send(call)
+    await asyncio.wait([asyncio.ensure_future(house.ask("n"))], timeout=0.01)
+    assert {live.label for live in house.route.targets} == {"a/m", "a/n"}
+    other = House(Far("a", models=("n",)), Near())
+    house.names.replace(other.names)
+    house.route.reload(other.settings)
+    assert {live.label for live in house.route.targets} == {"a/m", "a/n"}  # it is in flight
+    call.reply.close(CLIENT_LEFT)
+    assert {live.label for live in house.route.targets} == {"a/n"}
+    assert 'target="a/m"' not in "\n".join(house.route.metrics())
     house.route.close()
 
 

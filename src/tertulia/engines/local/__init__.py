@@ -9,8 +9,6 @@ BadRequest that names the parameter, raised before a child is loaded for it.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -27,8 +25,6 @@ from .room import Room
 from .shapes import encode
 from .text import TextAnswer
 
-DEATH_KNOWN = 0.5  # seconds after which the end of a process is known for certain
-
 
 class Running(Protocol):
     """Where children come from: engines.children.Children."""
@@ -40,6 +36,8 @@ class Running(Protocol):
 
 class Local:
     """Answers chat, completion and embedding calls by models of this machine."""
+
+    name = "local"
 
     def __init__(
         self, settings: Settings, children: Running, cards: Mapping[str, ModelCard] | Iterable[ModelCard]
@@ -85,7 +83,7 @@ class Local:
         try:
             await self._run(call, answer, card, child)
         except EngineFailed:  # raised, not told to the reply: nothing was asked of this child yet
-            if call.reply.begun or call.reply.closed or not await _is_dead(child):
+            if call.reply.begun or call.reply.closed or not await child.ended():
                 raise
             call.reply.header("x-tertulia-retries", "1")
             await self._run(call, answer, card, await self._running(card))
@@ -128,14 +126,6 @@ class Local:
             status, _ = await child.pool.fetch("POST", "/infill", child.headers, encode(question))
             self._fills_in[card.id] = status == 200
         return self._fills_in[card.id]
-
-
-async def _is_dead(child: Child) -> bool:
-    """Whether a child that cannot be reached has ended; the system may need a moment to say so."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(DEATH_KNOWN):
-            await child.process.wait()
-    return not child.alive
 
 
 def refuse_kind(task: str, card: ModelCard) -> None:
