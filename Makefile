@@ -15,7 +15,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
 test-compiled: $(COMPILED)/done  ## servers as a released wheel has them, under the tests that talk to servers
-	TERTULIA_TEST_PACKAGE=$(CURDIR)/$(COMPILED) $(BIN)/python -m pytest tests/wire/test_repeated.py tests/wire/test_refusals.py \
+	TERTULIA_TEST_PACKAGE=$(CURDIR)/$(COMPILED) $(BIN)/python -m pytest tests/wire/test_repeated.py tests/wire/test_pipelined.py tests/wire/test_refusals.py \
 	  tests/wire/test_upstream.py tests/wire/test_cache.py tests/wire/test_reload.py tests/faults/test_matrix.py \
 	  tests/faults/test_endings.py tests/faults/test_server.py $(ARGS)
 

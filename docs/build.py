@@ -34,11 +34,13 @@ Each target is such a table, or in one line: `targets = [{ upstream = "a", model
 RELOAD = """
 ## A changed file
 
-The file is read again when it changes (unless `watch` is off) and on SIGHUP. A file with a mistake changes nothing: the
-settings in force stay, and a line on standard error says what is wrong. Otherwise the new settings hold for every call
-that comes after; calls under way go on as they began, on the upstream they have, even if it is gone for others. Keys
+The file is read again when it changes (unless `watch` is off) and on SIGHUP. It is looked at twice a second, and read
+when it is the same for two looks, so that one that is just being written is left alone. A file with a mistake, or with
+nothing in it, changes nothing: the settings in force stay, and a line on standard error says what is wrong; a file that
+is missing is said once. Otherwise a line says what has changed, and the new settings hold for every call that comes
+after; calls under way go on as they began, on the upstream they have, even if it is gone for others. Keys
 are read again from where `key` points. What cannot change while the server runs keeps its value until the next start,
-and a line on standard error names it.
+and a line on standard error names it, once for each change.
 """
 PRESET = {
     "model": "a model, alias or other preset that answers",

@@ -139,7 +139,10 @@ def serve(data: Path, config: str = "", *arguments: str, environment: dict[str, 
     package = os.environ.get("TERTULIA_TEST_PACKAGE")
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=open(data / "stderr.log", "w"), text=True,  # noqa: SIM115
-        env={**os.environ, **({"PYTHONPATH": package} if package else {}), "TERTULIA_API_KEY": api_key, "TERTULIA_ADMIN_KEY": admin_key, **(environment or {})},
+        env={
+            **os.environ, **({"PYTHONPATH": package} if package else {}), "TERTULIA_API_KEY": api_key,
+            "TERTULIA_ADMIN_KEY": admin_key, **(environment or {}),
+        },
         start_new_session=True,
     )  # fmt: skip
     served = Served(process, "", api_key, admin_key, data)

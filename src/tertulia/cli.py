@@ -141,6 +141,8 @@ def log_to_stderr(level: str) -> None:
                 waiting.put(record)
 
     logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s", handlers=[Dropping(waiting)])
+    if level != "error":
+        logging.getLogger("tertulia.reload").setLevel(logging.INFO)  # whoever changes the file waits for that line
     listener = logging.handlers.QueueListener(waiting, logging.StreamHandler())
     listener.start()
     atexit.register(listener.stop)

@@ -15,7 +15,9 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -23,8 +25,9 @@ from .config import Settings
 from .errors import SettingsError
 from .gateway.metrics import COUNTER, GAUGE, Sample, family
 
-log = logging.getLogger("tertulia")
-LOOK_SECONDS = 1.0  # how often the files are looked at
+log = logging.getLogger("tertulia.reload")
+LOOK_SECONDS = 0.5  # how often the files are looked at; what two looks find the same is taken as written
+NAMED = 12  # changes that the line about a reload names; of more it says how many
 # What holds from the next call on. Everything else is said to need a restart, and keeps its value.
 LIVE = frozenset({
     "upstreams", "routes", "fallback", "aliases", "presets", "prices", "policies", "strict_models", "mock",
@@ -41,6 +44,19 @@ def settled(new: Settings, old: Settings) -> tuple[Settings, list[str]]:
     fixed = [name for name in Settings.__struct_fields__ if name not in LIVE]
     changed = [name for name in fixed if getattr(new, name) != getattr(old, name)]
     return replace(new, **{name: getattr(old, name) for name in fixed}), changed
+
+
+def changes(new: Settings, old: Settings) -> list[str]:
+    """The names of the settings that are not as they were, without their values; of a table its entries' names."""
+    found: list[str] = []
+    for name in Settings.__struct_fields__:
+        now, before = getattr(new, name), getattr(old, name)
+        if isinstance(now, Mapping) and isinstance(before, Mapping):
+            names = dict.fromkeys((*before, *now))
+            found += [f"{name}.{one}" for one in names if now.get(one) != before.get(one)]
+        elif now != before:
+            found.append(name)
+    return found
 
 
 def sources(settings: Settings) -> list[str]:
@@ -83,6 +99,8 @@ class Reloads:
         self.succeeded = True  # as the settings of the start did
         self.at = time.time()
         self._seen = fingerprint(sources(settings))
+        self._missing: list[str] = []  # files said to be missing
+        self._waiting: dict[str, Any] = {}  # settings said to need a restart, and what they will be then
         self._again = False
         self._task: asyncio.Task[None] | None = None
         self._stopped = threading.Event()
@@ -119,14 +137,25 @@ class Reloads:
     def _look(self) -> None:
         """In a thread of its own, since a disk may be slow to answer."""
         assert self._loop is not None
+        before = self._seen
         while not self._stopped.wait(LOOK_SECONDS):
             if not self._settings.watch:
                 continue
-            now = fingerprint(sources(self._settings))
-            if now != self._seen and None not in now:  # a file that is just being replaced will be there in a moment
-                with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-                    self._loop.call_soon_threadsafe(self.request)
-                self._seen = now
+            paths = sources(self._settings)
+            now = fingerprint(paths)
+            if now == before:  # nobody is writing any more
+                self._say_missing([path for path, about in zip(paths, now, strict=True) if about is None])
+                if now != self._seen and None not in now:
+                    with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                        self._loop.call_soon_threadsafe(self.request)
+                    self._seen = now
+            before = now
+
+    def _say_missing(self, paths: list[str]) -> None:
+        for path in paths:
+            if path not in self._missing:
+                log.warning("%s is missing: the old settings stay", path)
+        self._missing = paths
 
     async def _reload(self) -> None:
         while True:
@@ -144,25 +173,33 @@ class Reloads:
             if not self._again:
                 return
 
-    def _readable(self) -> tuple[Settings, list[str]]:
-        new, fixed = settled(self._read(), self._settings)
+    def _readable(self) -> tuple[Settings, dict[str, Any]]:
+        """The settings that can be in force now, and what the others will be after a restart."""
+        refuse_empty(self._settings.config)
+        given = self._read()
+        new, fixed = settled(given, self._settings)
         self._check(new)
-        return new, fixed
+        return new, {name: getattr(given, name) for name in fixed}
 
     def _refused(self, why: str) -> None:
         self.results[REFUSED] += 1
         self.succeeded = False
         log.error("the configuration was not taken, the settings in force stay: %s", why)
 
-    def _done(self, new: Settings, fixed: list[str]) -> None:
+    def _done(self, new: Settings, fixed: dict[str, Any]) -> None:
         old, self._settings = self._settings, new
         self._seen = fingerprint(sources(new)) if sources(new) != sources(old) else self._seen
         self.results[OK] += 1
         self.succeeded, self.at = True, time.time()
-        log.info("%s was read again and is in force", new.config or "the configuration")
-        if fixed:
-            verb = "need" if len(fixed) > 1 else "needs"
-            log.warning("%s: %s %s a restart; until then the old value holds", new.config, ", ".join(fixed), verb)
+        changed = changes(new, old)
+        more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+        what = f"changed: {', '.join(changed[:NAMED])}{more}" if changed else "no setting in force has changed"
+        log.info("%s was read again and is in force; %s", new.config or "the configuration", what)
+        told, self._waiting = self._waiting, fixed
+        fresh = [name for name, value in fixed.items() if name not in told or told[name] != value]
+        if fresh:
+            verb = "need" if len(fresh) > 1 else "needs"
+            log.warning("%s: %s %s a restart; until then the old value holds", new.config, ", ".join(fresh), verb)
 
     def metrics(self) -> list[str]:
         """The lines of its figures, for /metrics."""
@@ -174,6 +211,13 @@ class Reloads:
             *family("tertulia_config_last_reload_success", GAUGE, "Whether what was read last was taken.", success),
             *family("tertulia_config_in_force_since_seconds", GAUGE, "When the settings in force were read.", since),
         ]
+
+
+def refuse_empty(config: str | None) -> None:
+    """Raises SettingsError for a file with nothing in it: whoever empties one is about to write it."""
+    with contextlib.suppress(OSError):  # whoever reads the settings says that
+        if config and not Path(config).read_bytes().strip():
+            raise SettingsError(f"{config} is empty")
 
 
 def _terminal() -> int | None:

@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FrameType
@@ -51,7 +51,7 @@ from .gateway.names import CHAT, EMBEDDING, Names, may_list, serves, wrong_kind
 from .gateway.pipeline import Pipeline, check
 from .gateway.route import Route
 from .gateway.traces import Traces
-from .reload import Reloads
+from .reload import Reloads, fingerprint
 from .store.database import open_database
 
 log = logging.getLogger("tertulia")
@@ -132,6 +132,7 @@ class Server:
         pipeline = Pipeline(stages)
         tasks = [make.task(self.names.resolve) for make in (chat, completions, embeddings)]
         check_presets(settings.presets, self.names, tasks)
+        self._say_idle()
         self._start_far()
         self.front = front = Front(
             {task.path.encode(): task for task in tasks}, pipeline, self.directory,
@@ -144,6 +145,10 @@ class Server:
         """A shared call went on after its last client had left, and nobody came back for it."""
         self.admit.unclaimed(call)
         self.meter.unclaimed(call, outcome)
+
+    def _say_idle(self) -> None:
+        for line in idle_names(self.settings, self.names, self.directory.ids()):
+            log.warning("%s", line)
 
     def _start_far(self) -> None:
         """Upstreams may be asked for their models, and say when those have changed."""
@@ -163,6 +168,7 @@ class Server:
         gone = [old.engine for name, old in self._far.items() if far.get(name) is not old]
         self.settings, self.engines, self._far = settings, found, far
         self.names.replace(names)
+        self._say_idle()
         self._start_far()
         self.cache.reload(settings)
         self.route.reload(settings)
@@ -203,8 +209,8 @@ class Server:
         front, cold = self._compose()
         self._states = self._default_models()
         config = uvicorn.Config(
-            cold, http=front, loop="none", lifespan="off", access_log=False, log_config=None, ws="none",  # type: ignore[arg-type]
-            server_header=False, date_header=False, timeout_graceful_shutdown=int(GRACE_SECONDS),
+            cold, http=front, interface="asgi3", loop="none", lifespan="off", access_log=False, log_config=None,  # type: ignore[arg-type]
+            ws="none", server_header=False, date_header=False, timeout_graceful_shutdown=int(GRACE_SECONDS),
         )  # fmt: skip
         self._uvicorn = server = _Uvicorn(config, started, lambda: self.meter.in_flight)
         front.start()
@@ -309,19 +315,21 @@ class Far(msgspec.Struct, frozen=True):
 
     upstream: config.Upstream
     key: str | None
+    trusted: tuple[tuple[int, int, int] | None, ...]  # the fingerprint of its tls_ca
     engine: Upstream
 
 
 def far_engines(settings: Settings, before: Mapping[str, Far]) -> dict[str, Far]:
-    """The engines of the upstreams; those whose settings and key are as they were are taken over."""
+    """The engines of the upstreams; those whose settings, key and certificates are as they were are taken over."""
     found = {}
     for name, upstream in settings.upstreams.items():
         key = reference(upstream.key, f"upstreams.{name}.key")
+        trusted = fingerprint([os.path.expanduser(upstream.tls_ca)] if upstream.tls_ca else [])
         old = before.get(name)
-        if old is not None and (old.upstream, old.key) == (upstream, key):
+        if old is not None and (old.upstream, old.key, old.trusted) == (upstream, key, trusted):
             found[name] = old
             continue
-        found[name] = Far(upstream, key, Upstream(name, upstream, key))
+        found[name] = Far(upstream, key, trusted, Upstream(name, upstream, key))
         if old is not None and old.upstream.base_url == upstream.base_url:
             found[name].engine.inherit(old.engine)
     return found
@@ -357,11 +365,36 @@ def near_engines(settings: Settings) -> list[Engine]:
 
 def prices_of(settings: Settings) -> Prices:
     """What models cost: as their upstreams say, and [prices] has the last word."""
-    found: dict[str, Mapping[str, float]] = {}
+    return Prices(settings.prices, {name: upstream.prices for name, upstream in settings.upstreams.items()})
+
+
+def idle_names(settings: Settings, names: Names, keys: Collection[str]) -> list[str]:
+    """A line for each entry of the settings that is for somebody who does not exist (yet): it has no effect. keys: the
+    ids of those that do."""
+    models, lines = {*settings.models, *(model for _, model in names.targets())}, []
+    for name in settings.prices:
+        if name not in models and may_list(settings.upstreams, name) is None:
+            near = nearest(name, sorted(models), 0.6)
+            lines.append(f"prices.{name}: no model has that name, so nothing costs that{near}")
     for name, upstream in settings.upstreams.items():
-        Prices(upstream.prices, f"upstreams.{name}.prices")
-        found.update(upstream.prices)
-    return Prices({**found, **settings.prices})
+        for setting, model in _of_nobody(settings, name, upstream):
+            if not model.startswith(upstream.prefix):  # with discover, or it would have been refused
+                near = nearest(model, sorted(upstream.models), 0.6)
+                lines.append(f"upstreams.{name}.{setting}.{model}: no model of it can have that name{near}")
+    for key in settings.policies:
+        if key not in keys:
+            lines.append(f"policies.{key}: no key has that id{nearest(key, sorted(keys), 0.8)}")
+    return lines
+
+
+def _of_nobody(settings: Settings, name: str, upstream: config.Upstream) -> Iterator[tuple[str, str]]:
+    """(setting, model) for what the settings say of a model that they do not give to this upstream."""
+    targets = [target for route in settings.routes.values() for target in route.targets if target.upstream == name]
+    known = {*upstream.models, *(f"{name}/{target.model}" for target in targets)}
+    for setting, given in (("prices", upstream.prices), ("context_length", upstream.context_length)):
+        for model in given:
+            if model not in known:
+                yield setting, model
 
 
 def limits(settings: Settings) -> tuple[int, int, int | None]:
@@ -430,6 +463,9 @@ def check_models(settings: Settings) -> None:
             if taken.get(model) == "a model of this machine":  # several upstreams may have the same model
                 raise SettingsError(f"upstreams.{name}.models.{model}: {taken[model]} has that name; choose another")
             taken[model] = f"a model of upstreams.{name}"
+        for setting, model in () if upstream.discover else _of_nobody(settings, name, upstream):
+            near = nearest(model, sorted(upstream.models), 0.4)
+            raise SettingsError(f"upstreams.{name}.{setting}.{model}: it has no model of that name{near}")
     known = {*taken, *CATALOG, *settings.presets, *settings.aliases, *settings.routes}
     patterns = [name for name in settings.aliases if any(mark in name for mark in "*?[")]
     cards = {**{id: each.card for id, each in CATALOG.items()}, **here}

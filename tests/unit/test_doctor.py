@@ -347,13 +347,14 @@ def test_upstreams(data: Path, tmp_path: Path, mock_server: Served, monkeypatch:
     assert "NO_SUCH_KEY is not set" in only(ask(mock_server.base_url, "env:NO_SUCH_KEY"), FAIL).what
     assert "9/v1: The upstream refused the connection" in only(ask("http://127.0.0.1:9/v1", None), FAIL).what
     assert "expected an http or https URL" in only(ask("127.0.0.1:9/v1", None), FAIL).what
+    hidden = only(ask("http://me:never-to-be-seen@127.0.0.1:9/v1", None), FAIL)
     literal = only(ask(mock_server.base_url, "sk-never-to-be-seen-0123456789"), FAIL)
     path = tmp_path / "key"
     path.write_text(mock_server.api_key)
     path.chmod(0o644)
     shown = only(ask(mock_server.base_url, f"file:{path}"), WARN)
     assert shown.do == f"chmod 600 {path}" and stat.S_IMODE(path.stat().st_mode) == 0o644
-    for finding in (refused, literal, shown):
+    for finding in (refused, hidden, literal, shown):
         assert "never-to-be-seen" not in str(finding) and mock_server.api_key not in str(finding)
 
 

@@ -212,6 +212,14 @@ def test_a_file_with_a_mistake_leaves_the_old_one_in_force_and_says_why(
         (good + "[presets.p]\nmodel = 'far'\nparameters = { temperature = 9 }\n", "presets.p.parameters.temperature"),
         (good + "[prices.far]\ninptu = 1\n", "prices.far.inptu: there is no such price"),
         (
+            good + "[upstreams.quick.prices]\nfarr = { input = 1 }\n",
+            "upstreams.quick.prices.farr: it has no model of that name; did you mean far?",
+        ),
+        (
+            good.replace("http://", "http://me:hidden@"),
+            "upstreams.quick.base_url: a user name and password have no place there",
+        ),
+        (
             good + "[upstreams.b]\nbase_url = 'http://b/v1'\nkey = 'env:NOT_SET'\n",
             "the environment variable NOT_SET is not",
         ),
@@ -222,13 +230,27 @@ def test_a_file_with_a_mistake_leaves_the_old_one_in_force_and_says_why(
     ):
         config.change(bad, "refused")
         until(lambda why=why: why in config.errors())
-        assert config.errors().splitlines()[-1].startswith("ERROR tertulia: the configuration was not taken")
+        assert config.errors().splitlines()[-1].startswith("ERROR tertulia.reload: the configuration was not taken")
         assert config.ask("far").choices[0].message.content == TEXT
         assert not config.models() & {"x", "r", "quick/new"}
     assert config.figures()["tertulia_config_last_reload_success"] == 0
     config.change(good + "[aliases]\nx = 'far'\n")
     assert config.ask("x").choices[0].message.content == TEXT
     assert config.figures()["tertulia_config_last_reload_success"] == 1
+
+
+def test_what_is_set_for_nobody_is_said_at_the_start_and_on_reload(
+    served: Callable[[str], Config], quick: mock_upstream.Mock
+) -> None:
+    good = upstream("quick", quick, "far")
+    config = served(good + "[prices.farr]\ninput = 1\n[policies.key_1]\npriority = 'high'\n")
+    assert "WARNING tertulia: prices.farr: no model has that name, so nothing costs that; did you mean far?" in (
+        config.errors()
+    )
+    assert "WARNING tertulia: policies.key_1: no key has that id" in config.errors()
+    config.change(good + "[prices.far]\ninput = 1\n[policies.key_2]\npriority = 'high'\n")
+    until(lambda: "policies.key_2: no key has that id" in config.errors())
+    assert "prices.far:" not in config.errors()
 
 
 def test_without_watch_only_sighup_has_it_read(served: Callable[[str], Config], quick: mock_upstream.Mock) -> None:
@@ -276,6 +298,12 @@ def test_what_needs_a_restart_is_named_and_keeps_its_value(
     config.change('threads = 7\nhost = "0.0.0.0"\nstrict_models = true\n' + upstream("quick", quick, "far"))
     until(lambda: "a restart" in config.errors())
     assert "tertulia.toml: host needs a restart; until then the old value holds" in config.errors()  # threads is a flag
+    config.change('host = "0.0.0.0"\n' + upstream("quick", quick, "far"))  # as it was said
+    config.change('host = "0.0.0.1"\n' + upstream("quick", quick, "far"))
+    until(lambda: config.errors().count("a restart") == 2)
+    config.change(upstream("quick", quick, "far"))  # what is in force
+    config.change('host = "0.0.0.1"\nstrict_models = true\n' + upstream("quick", quick, "far"))
+    until(lambda: config.errors().count("a restart") == 3)
     with pytest.raises(openai.NotFoundError):
         config.ask("gpt-4o")  # what can change did
 
@@ -300,6 +328,32 @@ def test_a_key_in_a_file_is_read_again(served: Callable[[str], Config], recorder
     config.ask("far")
 
 
+def test_a_file_that_is_being_written_in_place_is_left_alone(
+    served: Callable[[str], Config], quick: mock_upstream.Mock
+) -> None:
+    far, nick = upstream("quick", quick, "far"), '[aliases]\n"nick" = "far"\n'
+    config = served(far)
+    with config.path.open("w", buffering=1) as file:  # emptied, and written in bits for more than a second
+        for line in [*far.splitlines(True), *nick.splitlines(True)]:
+            time.sleep(0.4)
+            file.write(line)
+    until(lambda: config.count("ok") == 1)
+    assert config.count("refused") == 0 and {"far", "nick"} <= config.models()
+    line = f"INFO tertulia.reload: {config.path} was read again and is in force; changed: aliases.nick"
+    until(lambda: line in config.errors().splitlines())
+    config.path.write_text("\n")
+    until(lambda: config.count("refused") == 1)
+    until(lambda: f"the settings in force stay: {config.path} is empty" in config.errors())
+    assert {"far", "nick"} <= config.models()
+    config.path.unlink()
+    until(lambda: f"WARNING tertulia.reload: {config.path} is missing: the old settings stay" in config.errors())
+    time.sleep(2.2)
+    assert config.errors().count("is missing") == 1 and {"far", "nick"} <= config.models()
+    config.write(far)
+    until(lambda: config.count("ok") == 2)
+    assert config.count("refused") == 1 and "nick" not in config.models()
+
+
 def test_limits_and_log_level_change(served: Callable[[str], Config], quick: mock_upstream.Mock) -> None:
     config = served(upstream("quick", quick, "far"))
     config.change('requests_per_minute = 2\nlog_level = "info"\n' + upstream("quick", quick, "far"))
@@ -308,4 +362,5 @@ def test_limits_and_log_level_change(served: Callable[[str], Config], quick: moc
     )
     assert raw.headers["x-ratelimit-limit-requests"] == "2"
     config.change("requests_per_minute = 3\n" + upstream("quick", quick, "far"))
-    until(lambda: "INFO tertulia:" in config.errors())
+    until(lambda: "changed: requests_per_minute, log_level" in config.errors())
+    config.change('log_level = "error"\n' + upstream("quick", quick, "far"))

@@ -224,7 +224,7 @@ def test_silence_ends_at_the_timeout(gateway: Served, far: Upstream) -> None:
 
 
 def test_a_slow_but_steady_stream_is_not_silence(gateway: Served, far: Upstream) -> None:
-    far.script = streamed(EVENTS, gap=0.5)
+    far.script = streamed(EVENTS, gap=0.4)  # from event to event, past the comment
     assert ask(gateway, **STREAM) == (200, b"".join(EVENTS))
 
 

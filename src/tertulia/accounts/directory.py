@@ -42,6 +42,10 @@ class Directory:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def ids(self) -> set[str]:
+        """The ids of the keys there are."""
+        return {who.key_id for who in self._keys.values()}
+
     def authenticate(self, key: bytes) -> Principal:
         """Whose key it is. Raises Unauthorized. Looked up by full keyed hash: timing tells nothing about other keys."""
         who = self._keys.get(self._digest(key[:KEY_LIMIT])) if key else None

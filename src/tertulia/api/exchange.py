@@ -138,8 +138,7 @@ class Exchange:
         self.head.refusal = TooLarge(f"The request body is too large: at most {limit // 2**20} MB are accepted.")
         self.keep_alive = False
         self._body = None
-        if not self.response_complete:
-            self.current = True
+        if self.current and not self.response_complete:
             self.start(b"")
 
     def take(self, body: bytes) -> None:
@@ -161,7 +160,11 @@ class Exchange:
 
     def turn(self) -> None:
         """It is this exchange's turn on its connection."""
-        self.current = True
+        if not self.current:
+            self.current = True
+            self.look_at_size()
+        if self.head.refusal is not None and not self.keep_alive and not self.started:  # too large already
+            self.start(b"")
         if self.arrived and not self.started and not self.disconnected:
             body, self._body = self._body, None
             self.start(b"" if body is None else body[0] if len(body) == 1 else b"".join(body))
@@ -191,6 +194,8 @@ class Exchange:
                     call.refusal = error
         call.wishes = head.wishes
         call.client = protocol.peer
+        if protocol.flow.write_paused:  # what it was told before has not been read yet
+            self.reply.pause()
         rest = protocol.front.pipeline.run(call)
         if rest is not None:
             task: asyncio.Task[None] = protocol.loop.create_task(rest)
@@ -241,7 +246,7 @@ class Exchange:
         transport.write(self._whole())
         if not self.keep_alive:
             transport.close()
-        elif protocol.phase == ANSWERING and not protocol.pipeline and not protocol.flow.read_paused:
+        elif protocol.phase == ANSWERING and not (protocol.heading or protocol.pipeline or protocol.flow.read_paused):
             protocol.phase, protocol.since = IDLE, monotonic()  # as on_response_complete would do
             return
         protocol.on_response_complete()

@@ -89,6 +89,7 @@ class Front:
                 answering.abandon(STOPPED)
 
 
+NO_UPGRADE = "This server does not upgrade connections: please send the request without Upgrade."
 LEAVE_SECONDS = 2.0  # how long a refused body is read to nowhere, so that its sender gets to read the refusal
 LEAVE_BYTES = 32 * 2**20  # and how much of it
 
@@ -112,6 +113,9 @@ class Protocol(HttpToolsProtocol):
         self.raw: bytes | None = None  # the head now being parsed, if it came in one piece
         self.filling: list[bytes] | None = None  # pieces of the body of a repeated head
         self.missing = 0  # bytes of it still to come
+        self.later: list[bytes] = []  # what came while an answer was under way: read when that has ended
+        self.heading = True  # the head of a message has begun, and not ended
+        self.closing = 0.0  # when it was seen that the transport has been told to close
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -134,7 +138,12 @@ class Protocol(HttpToolsProtocol):
                 cycle.message_event.set()
 
     def check_silence(self, now: float) -> None:
-        if self.pipeline:  # reading is paused by us, not by the client
+        if self.transport.is_closing():  # a client that reads nothing more keeps it from being flushed
+            self.closing = self.closing or now
+            if now - self.closing > LEAVE_SECONDS:
+                self.transport.abort()
+            return
+        if self.pipeline or self.later:  # reading is paused by us, not by the client
             return
         limits = {IDLE: self.front.keep_alive, READING: self.front.read_timeout, LEAVING: LEAVE_SECONDS}
         limit = limits.get(self.phase)
@@ -156,6 +165,10 @@ class Protocol(HttpToolsProtocol):
                 return
             found = data.find(b"\r\n\r\n")
             self.raw = data[: found + 4] if found > 0 else None
+        elif self.phase == ANSWERING:  # whatever it is, its turn comes when this answer has ended
+            self.later.append(data)
+            self.flow.pause_reading()
+            return
         elif self.phase == LEAVING:
             self.unread += len(data)
             if self.unread > LEAVE_BYTES:
@@ -166,12 +179,14 @@ class Protocol(HttpToolsProtocol):
     def _parse(self, data: bytes) -> None:
         try:
             self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._refuse(BadRequest(NO_UPGRADE))
         except httptools.HttpParserError:
             self._refuse(BadRequest("The request is not valid HTTP."))
-        except httptools.HttpParserUpgrade:
-            if self._should_upgrade():
-                self.front.connections.discard(self)
-                self.handle_websocket_upgrade()
+        if self.heading:  # after parsing: a body may come in the same packet as its head
+            self.head_size += len(data)
+            if self.head_size > HEAD_LIMIT:
+                self._refuse(TooLarge("The request's headers are too large."))
 
     def _fill(self, data: bytes) -> None:
         """More of the body of a repeated head."""
@@ -186,11 +201,18 @@ class Protocol(HttpToolsProtocol):
         assert isinstance(cycle, Exchange)
         cycle.start(b"".join(pieces))
         if self.missing < 0 and not self.transport.is_closing():  # the next request came with the end of this one
-            self._parse(data[missing:])
+            self.data_received(data[missing:])
 
     def _refuse(self, error: TertuliaError) -> None:
-        """Answers what is not a request, and closes."""
+        """Answers what is not a request, and closes; an answer under way is not disturbed, and is the last."""
         if self.transport.is_closing():
+            return
+        active = self.ahead or self.cycle
+        if active is not None and not active.response_complete and getattr(active, "started", True):
+            active.keep_alive = False
+            self.flow.pause_reading()
+            if not isinstance(active, Exchange):  # it may be waiting for the body that is broken
+                self.transport.close()
             return
         self.phase = ANSWERING
         body = error.body()
@@ -207,8 +229,9 @@ class Protocol(HttpToolsProtocol):
         self.headers = []
         self.expect_100_continue = False
         self.head_size = 0
-        self.phase = READING
-        self.since = monotonic()
+        self.heading = True
+        if self.phase != ANSWERING:
+            self.phase, self.since = READING, monotonic()
         self.began = time.perf_counter_ns()
 
     def on_url(self, url: bytes) -> None:
@@ -220,9 +243,15 @@ class Protocol(HttpToolsProtocol):
         self.head_size += len(name) + len(value)
         if self.head_size > HEAD_LIMIT:
             self._refuse(TooLarge("The request's headers are too large."))
-        self.headers.append((name.lower(), value))
+        name = name.lower()
+        if name == b"transfer-encoding" and value.lower() != b"chunked":
+            self._refuse(BadRequest("Transfer-Encoding: only chunked is supported."))
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        self.heading = False
+        if self.parser.should_upgrade():  # what would follow is no HTTP, or a body that the parser does not see
+            self._refuse(BadRequest(NO_UPGRADE))
         if self.transport.is_closing():
             return
         task = self.front.tasks.get(self.url) or self.front.tasks.get(self.url.partition(b"?")[0])
@@ -244,7 +273,6 @@ class Protocol(HttpToolsProtocol):
             self.flow.pause_reading()
             self.ahead = self.ahead or existing
             self.pipeline.appendleft((exchange, None))  # type: ignore[arg-type]
-            exchange.look_at_size()
 
     def _cold(self) -> None:
         """Not a hot path: build what uvicorn builds at the beginning of a message, and let it go on from there."""
@@ -265,7 +293,7 @@ class Protocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self.phase = ANSWERING
+        self.phase, self.heading, self.head_size = ANSWERING, False, 0
         cycle = self.cycle
         if isinstance(cycle, Exchange):
             cycle.complete()
@@ -283,15 +311,20 @@ class Protocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport is None or self.transport.is_closing():
             return
-        if self.flow.read_paused:
-            self.flow.resume_reading()
+        self.since = monotonic()
         if self.pipeline:
             cycle, app = self.pipeline.pop()
             self.ahead = cycle if self.pipeline else None
+            self.phase = ANSWERING if _whole(cycle) else READING
             self._start_asgi_task(cycle, app)
         elif self.phase == ANSWERING:
-            self.phase = IDLE
-            self.since = monotonic()
+            self.phase = READING if self.heading else IDLE  # a head has begun in the same read
+        if self.later and self.phase != ANSWERING and not self.transport.is_closing():
+            data = b"".join(self.later)
+            self.later.clear()
+            self.data_received(data)
+        if self.flow.read_paused and not self.later and not self.pipeline:
+            self.flow.resume_reading()
 
     # flow control
     def pause_writing(self) -> None:
@@ -305,3 +338,8 @@ class Protocol(HttpToolsProtocol):
         answering = self.ahead or self.cycle
         if isinstance(answering, Exchange):
             answering.reply.resume()
+
+
+def _whole(cycle: Any) -> bool:
+    """Whether all of a request has come, ours or uvicorn's."""
+    return bool(cycle.arrived) if isinstance(cycle, Exchange) else not cycle.more_body

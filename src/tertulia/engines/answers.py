@@ -5,6 +5,7 @@ matter. It knows nothing of how they came, nor of what becomes of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from math import isfinite
 from time import time
@@ -151,7 +152,8 @@ def retry_after(headers: Headers) -> float | None:
     found = milliseconds / 1000 if milliseconds is not None else _seconds(text)
     if found is None:
         try:
-            found = parsedate_to_datetime(text).timestamp() - time()
+            when = parsedate_to_datetime(text)
+            found = (when if when.tzinfo is not None else when.replace(tzinfo=UTC)).timestamp() - time()
         except (TypeError, ValueError, OverflowError):
             return None
     return min(max(0.0, found), MONTH)

@@ -5,9 +5,9 @@ everything that passes has been read as JSON once (0.4 us an event, 1 ns a byte 
 an answer never reaches a caller as one. It knows nothing of keys, models or addresses.
 
 Time is bounded three ways. Until an answer begins: its first event, or the first byte of its body (comments, heads and
-white space, which servers send to keep a connection alive, are no beginning). Then between two events; for an answer
-in one piece, from its first byte to its last. And the whole attempt, where the upstream has such a limit. While the
-caller reads too slowly to be sent more, the upstream's silence is not counted.
+white space, which servers send to keep a connection alive, are no beginning). Then between two events (comments are
+none); for an answer in one piece, from its first byte to its last. And the whole attempt, where the upstream has such a
+limit. While the caller reads too slowly to be sent more, the upstream's silence is not counted.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ class Stream(Attempt):
         self.hide, self.choices = hide, choices
         self.events = 0  # with something generated in them
         self.known = False  # whether the upstream has said its usage
-        self.spoke = 0.0  # when its last event came
+        self.spoke = 0.0  # when its last event came; comments are none
         self._finished = 0
         self._framer = sse.Framer()
         self._sse = self._said_done = False
@@ -283,8 +283,7 @@ class Stream(Attempt):
 
     def _pass(self, data: bytes) -> None:
         """Pushes whole events."""
-        self.spoke = monotonic()
-        if data.startswith(b"data: {") and data.find(b"\n") == len(data) - 2 and not self._said_done:
+        if data.startswith(b"data: {") and data.find(b"\n") == len(data) - 2:
             try:  # one event, as nearly every piece is
                 chunk = parse_chunk(data[6:])
             except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -297,6 +296,7 @@ class Stream(Attempt):
 
     def _note(self, chunk: Chunk) -> bool:
         """Remembers what a chunk says; False if the caller must not see it."""
+        self.spoke = monotonic()
         if not self.began:
             self._begin()
         if chunk.usage is not None:
@@ -312,6 +312,8 @@ class Stream(Attempt):
 
     def _look(self, data: bytes) -> None:
         """Several events, or odd ones: what is good before a bad one still passes."""
+        if not self.began and data.startswith(sse.BOM):
+            data = data[len(sse.BOM) :]
         kept: list[bytes] = []
         swallowed, error = False, None
         for event in sse.split(data):
@@ -333,9 +335,21 @@ class Stream(Attempt):
                 self.reply.beat(data)  # comments: a sign of life that commits nobody
         if error is not None:
             self.fail(error)
+        elif self._said_done and not self.over and self.connection is not None and not self.connection.complete:
+            self._finish_early(self.connection)
+
+    def _finish_early(self, connection: Connection) -> None:
+        """The last event has come: whether the upstream ends its answer properly is not the caller's to wait for."""
+        self.connection = None
+        self._release()
+        connection.let_finish()
+        self.account()
+        self.reply.close(FINISHED)
 
     def _event(self, event: bytes) -> bool:
         """Whether an event passes. Raises the error it is or tells of."""
+        if self._said_done:
+            return False  # the answer is over; whatever this is belongs to nobody
         try:
             data = sse.data_of(event)
             if data is None or data == b"[DONE]":
@@ -344,8 +358,6 @@ class Stream(Attempt):
                     if not self.began:
                         self._begin()
                 return True
-            if self._said_done:
-                return False  # the answer is over; whatever this is belongs to nobody
             chunk = read_chunk(data)
         except (ValueError, msgspec.MsgspecError):  # UnicodeDecodeError is a ValueError
             raise BadUpstreamAnswer("The upstream sent an event that is not JSON.") from None
@@ -390,15 +402,6 @@ class Stream(Attempt):
             error = None
         return reported(error) if error else BadUpstreamAnswer("The upstream answered a stream with something else.")
 
-    def broken(self, error: TertuliaError) -> None:
-        if self._said_done and not self.over:  # only the end of the connection was missing
-            self.connection = None
-            self._release()
-            self.account()
-            self.reply.close(FINISHED)
-            return
-        super().broken(error)
-
     def account(self) -> None:
         if self.events and not self.known:
             self.reply.usage = Usage(self.prompt // BYTES_A_TOKEN, self.events, estimated=True)
@@ -420,9 +423,6 @@ class Stream(Attempt):
         left = self.spoke + self.limits.stall.seconds - monotonic()
         if left > 0.01:
             self._timer = asyncio.get_running_loop().call_later(left, self.stalled)
-        elif self._said_done:
-            self._leave()
-            self.broken(EngineFailed())
         else:
             super().stalled()
 

@@ -22,11 +22,14 @@ import httptools
 from ..errors import EngineFailed, TertuliaError, UpstreamTimeout
 from ..turns import Turns
 from .proxy import Proxy, Tunnel
+from .timeouts import Timeouts
 
 log = logging.getLogger("tertulia.engines")
 HEAD_LIMIT = 65536  # bytes of status line and headers we accept from an engine
 BODY_LIMIT = 64 * 2**20  # bytes of an answer that is collected
 IDLE_SECONDS = 60.0  # an idle connection older than this is closed: servers close theirs after a minute or so
+REST_SECONDS = 1.0  # for the end of an answer of which nobody waits for the rest
+REST_LIMIT = 4096  # bytes of such a rest
 INTERIM = (100, 102, 103)  # statuses after which the answer itself follows
 # The headers that somebody here acts on; the others are not kept.
 WANTED = frozenset(
@@ -104,6 +107,13 @@ class Connection(asyncio.Protocol):
         self._receiver, self._late = None, b""
         if self.transport is not None:
             self.transport.abort()
+
+    def let_finish(self) -> None:
+        """Nobody waits for the rest of the answer. If it ends soon, and properly, we carry another request after it."""
+        if self._paused:
+            self.resume_reading()
+        self._receiver = rest = Rest(self, self._pool.rests)
+        self._pool.rests.add(rest)
 
     def pause_reading(self) -> None:
         self._paused = True
@@ -268,6 +278,34 @@ class Connection(asyncio.Protocol):
             self._headers, self._size = [], 1
 
 
+class Rest:
+    """The receiver of what nobody waits for: the end of an answer, and little else."""
+
+    __slots__ = ("_connection", "_rests", "_size")
+
+    def __init__(self, connection: Connection, rests: Timeouts[Rest]) -> None:
+        self._connection, self._rests = connection, rests
+        self._size = 0
+
+    def head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """There is none: it came before."""
+
+    def piece(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > REST_LIMIT:
+            self._rests.remove(self)
+            self.give_up()
+
+    def end(self) -> None:
+        self._rests.remove(self)
+
+    def broken(self, error: TertuliaError) -> None:
+        self._rests.remove(self)
+
+    def give_up(self) -> None:
+        self._connection.cancel()
+
+
 class Pool:
     """Connections to one base URL, http or https. open_connections counts busy and idle ones."""
 
@@ -302,6 +340,7 @@ class Pool:
         self._connect_timeout = connect_timeout
         self._idle_limit = idle_limit
         self._idle: dict[Connection, None] = {}  # oldest first
+        self.rests: Timeouts[Rest] = Timeouts(REST_SECONDS, lambda rest: rest.give_up())
         self._all: set[Connection] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._turns: Turns | None = None
@@ -464,6 +503,7 @@ class Pool:
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
+        self.rests.close()
         for connection in list(self._all):
             if connection.transport is not None:
                 connection.transport.abort()

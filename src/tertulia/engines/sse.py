@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import BadUpstreamAnswer
 
 EVENT_LIMIT = 4 * 2**20  # bytes of one event
-_NO_DATA = (b":", b"event", b"id", b"retry")  # how the lines begin that are neither data nor blank
+BOM = b"\xef\xbb\xbf"  # a stream may begin with it, and it means nothing
 
 
 class Framer:
@@ -67,13 +67,24 @@ def split(piece: bytes) -> list[bytes]:
 
 
 def data_of(event: bytes) -> bytes | None:
-    """The data of one event as split() gives it, None if it has none (a comment). Raises ValueError if it is none."""
+    """The data of one event as split() gives it, None if it has none (a comment).
+
+    Fields that nobody knows are passed over, as the standard wants it. But what has no data and is not made of fields
+    either (HTML, JSON, a sentence) is an answer that was not meant to be a stream: raises ValueError.
+    """
     if event.startswith(b"data: ") and b"\n" not in event:
         return event[6:]
-    data = []
+    data, odd = [], False
     for line in event.split(b"\n"):
         if line.startswith(b"data:"):
             data.append(line[6:] if line[5:6] == b" " else line[5:])
-        elif not line.startswith(_NO_DATA):
-            raise ValueError("not a server-sent event")
-    return b"\n".join(data) if data else None
+        elif line == b"data":
+            data.append(b"")
+        elif not line.startswith(b":"):
+            name = line.partition(b":")[0]
+            odd = odd or not name.replace(b"-", b"").replace(b"_", b"").isalnum()
+    if data:
+        return b"\n".join(data)
+    if odd:
+        raise ValueError("not a server-sent event")
+    return None

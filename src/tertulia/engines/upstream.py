@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import random
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -30,8 +31,10 @@ log = logging.getLogger("tertulia.engines.upstream")
 JOIN_LIMIT = 16384  # bytes: a larger body is written by itself, not copied behind its head
 DISCOVER_SECONDS = 300.0  # between two looks at an upstream's models
 DISCOVER_AGAIN = 1.0  # after a look that failed; then twice as long each time
+NAME_LIMIT = 256  # characters of a model's name
 USAGE = b',"stream_options":{"include_usage":true}}'
 _PATHS = {"chat": "/chat/completions", "completion": "/completions", "embedding": "/embeddings"}
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _options = msgspec.json.Decoder(dict[str, Any] | None)
 
@@ -162,7 +165,9 @@ class Upstream:
         models = {ours: model for ours, model in self._models.items() if ours in self.named}
         for one in listed:
             ours = self._settings.prefix + one.id
-            if ours not in models:
+            if not one.id or len(one.id) > NAME_LIMIT or _CONTROL.search(one.id) is not None:
+                log.warning("upstreams.%s lists %s: this is no name for a model", self.name, ascii(one.id[:NAME_LIMIT]))
+            elif ours not in models:
                 models[ours] = self._model(ours, one.id, one.max_model_len or one.context_length)
         self._shown, self._models = tuple(models), self._offered | models
         if self.on_models_changed is not None:
@@ -228,6 +233,7 @@ def rewritten(body: bytes, model: str | None, usage: bool) -> bytes:
 
 def _pool(name: str, settings: config.Upstream, environment: Mapping[str, str]) -> Pool:
     where = f"upstreams.{name}"
+    _refuse_more_than_an_address(settings.base_url, f"{where}.base_url")
     try:
         parts = urlsplit(settings.base_url)
         host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
@@ -235,14 +241,26 @@ def _pool(name: str, settings: config.Upstream, environment: Mapping[str, str]) 
             settings.base_url,
             connect_timeout=settings.connect_timeout,
             idle_limit=settings.connections,
-            tls_ca=settings.tls_ca,
+            tls_ca=os.path.expanduser(settings.tls_ca) if settings.tls_ca else None,
             proxy=proxy_for(parts.scheme, host, port, environment) if host else None,
             who="upstream",
         )
     except (ValueError, UnicodeError):
-        raise SettingsError(f"{where}.base_url: expected an http or https URL, got {settings.base_url!r}") from None
+        got = "" if "@" in settings.base_url else f", got {settings.base_url!r}"  # before it may be a password
+        raise SettingsError(f"{where}.base_url: expected an http or https URL{got}") from None
     except OSError as error:
         raise SettingsError(f"{where}.tls_ca: {settings.tls_ca} cannot be used ({error.strerror})") from None
+
+
+def _refuse_more_than_an_address(url: str, setting: str) -> None:
+    """Raises SettingsError for what would not be sent, without repeating it: it may be a secret."""
+    if "?" in url or "#" in url:
+        raise SettingsError(f"{setting}: an address ends with its path; what follows a ? or # cannot be sent")
+    host = (url.partition("://")[2] or url).partition("/")[0]
+    if "@" in host:
+        raise SettingsError(
+            f"{setting}: a user name and password have no place there; `key` or `headers` can hold them"
+        )
 
 
 def _headers(name: str, settings: config.Upstream, key: str | None) -> bytes:

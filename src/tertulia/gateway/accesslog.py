@@ -109,7 +109,8 @@ class AccessLog:
         data = memoryview(self._torn + b"\n".join(lines) + b"\n")
         try:
             while data:
-                data = data[os.write(self._file, data) :]
+                written = os.write(self._file, data)
+                data = data[written:]
                 self._torn = b"\n"  # if the disk stops here, what comes later starts a line of its own
         except BlockingIOError:  # standard error is a pipe that somebody set not to wait, and nobody reads it
             time.sleep(PAUSE)

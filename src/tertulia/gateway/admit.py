@@ -51,7 +51,7 @@ class Admit:
             if asked.n is not None:
                 output *= asked.n
         prices = self._prices
-        cost = prices.cost(target.model, tokens, output)
+        cost = prices.cost(target, tokens, output)
         tokens += output
         try:
             reply.headers.append(allowance.admit(tokens, cost, call.model, now))
@@ -64,7 +64,7 @@ class Admit:
             if usage is None or call.cache == "hit" or call.cache == "joined":  # nothing was made for this call
                 allowance.settle(tokens, 0, cost, 0)
                 return
-            call.cost = prices.of(call.target.model, usage)  # type: ignore[union-attr]
+            call.cost = prices.of(call.target, usage)  # type: ignore[arg-type]
             allowance.settle(tokens, usage.prompt_tokens + usage.completion_tokens, cost, call.cost)
 
         reply.on_close(settle)
@@ -74,7 +74,7 @@ class Admit:
         """A shared call has ended that nobody waits for any more: its project pays what was used."""
         usage, allowance, target = call.reply.usage, call.principal.state, call.target
         if usage is not None and target is not None and isinstance(allowance, Allowance):
-            call.cost = self._prices.of(target.model, usage)
+            call.cost = self._prices.of(target, usage)
             allowance.settle(0, usage.prompt_tokens + usage.completion_tokens, 0, call.cost)
 
     def _allowance(self, organization: str, project: str, now: float) -> Allowance:

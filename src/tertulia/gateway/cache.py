@@ -10,6 +10,8 @@ shared.py how one answer serves several calls, store/answers.py how answers outl
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable
@@ -24,7 +26,7 @@ from ..errors import TertuliaError
 from ..store.answers import Answer, Answers
 from .canonical import Keys, has_error
 from .metrics import COUNTER, GAUGE, family
-from .shared import KEPT, PORTION, Flight, Flights, failed
+from .shared import KEPT, PORTION, Flight, Flights, failed, limited
 
 MEGABYTE = 1_000_000
 LARGEST = 8  # an answer may take up to this part of the memory there is
@@ -66,6 +68,7 @@ class Cache:
         self.flights = Flights(self._retry_key)
         self._entries: OrderedDict[bytes, Answer] = OrderedDict()  # least recently used first
         self._answers: Answers | None = None
+        self._closing: threading.Thread | None = None  # waits for answers that go to a disk no longer used
         self._directives: dict[str, Directives] = {}
         self.bytes = self.hits = self.misses = self.joined = self.stored = self.evicted = 0
         self.reload(settings)
@@ -76,11 +79,14 @@ class Cache:
         self._policies = {key: one.cache for key, one in settings.policies.items() if one.cache is not None}
         self._ttl, self._limit = settings.cache_ttl, settings.cache_memory * MEGABYTE
         self._coalesce = settings.coalesce
+        self._seconds = self.flights.seconds = settings.request_timeout
         self.flights.grace = settings.retry_grace if settings.coalesce else 0.0
         self._make_room()
         disk = settings.cache_disk * MEGABYTE
         if self._answers is not None and not disk:
-            self._answers.close()
+            # it waits for the disk, and the loop has calls to look after
+            self._closing = threading.Thread(target=self._answers.close, name="answers-closing")
+            self._closing.start()
             self._answers = None
         elif self._answers is not None:
             self._answers.limit, self._answers.lifetime = disk, self._ttl
@@ -190,7 +196,7 @@ class Cache:
         if len(pieces) == 1:
             reply.whole(pieces[0])
         else:
-            Replay(call, pieces).run()
+            Replay(call, pieces).start(self._seconds)
 
     def _miss(self, call: Call, following: Next, key: bytes, wish: Directives) -> Awaitable[None] | None:
         if self._coalesce:
@@ -294,16 +300,32 @@ class Cache:
         if self._answers is not None:
             self._answers.close()
             self._answers = None
+        if self._closing is not None:
+            self._closing.join()
+            self._closing = None
 
 
 class Replay:
     """A stored stream on its way; the Source of its reply: it waits while the client is behind."""
 
-    __slots__ = ("_at", "_busy", "_call", "_pieces")
+    __slots__ = ("_at", "_busy", "_call", "_pieces", "_timer")
 
     def __init__(self, call: Call, pieces: list[bytes]) -> None:
         self._call, self._pieces, self._at, self._busy = call, pieces, 0, False
+        self._timer: asyncio.TimerHandle | None = None
         call.reply.source = self
+
+    def start(self, seconds: float) -> None:
+        """Says all at once, or has a limit of time. seconds: what the call may take, unless its plan says otherwise."""
+        self.run()
+        if not self._call.reply.closed:
+            self._timer = limited(self._call, seconds)
+            self._call.reply.on_close(self._over)
+
+    def _over(self, outcome: str) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def run(self) -> None:
         """Pushes until the client is behind, or all is said."""

@@ -52,7 +52,7 @@ class Resume:
         self._pieces: list[bytes] = []
         self._size = 0
         self._going = False  # somebody else has gone on
-        self._told = False  # its usage went by
+        self._told: dict[str, Any] | None = None  # the usage the client was told of the answer as it stands
         self._before: Usage | None = None  # what was used until the break, as far as its engine knew
         self._body: dict[str, Any] | None = None  # as it was asked first
         self._stamp: dict[str, Any] = {}  # what every chunk of the answer has in common
@@ -118,7 +118,7 @@ class Resume:
             call.body, call.asked, call.model, call.target, call.plan = before
             return False
         _, _, call.model, call.target, call.plan = before
-        self._going = True
+        self._going, self._told = True, None
         return True
 
     def _begun_with(self, body: dict[str, Any], task: str, target: Target) -> bool:
@@ -165,6 +165,8 @@ class Resume:
     def _read_event(self, chunk: dict[str, Any], said: list[str]) -> None:
         if not self._stamp:
             self._stamp = {name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk}
+        if chunk.get("usage"):
+            self._told = chunk["usage"]
         for choice in chunk["choices"]:
             delta = choice if "text" in choice else choice["delta"]
             text = delta.get("text" if delta is choice else "content")
@@ -196,8 +198,7 @@ class Resume:
         if not news:
             return b""
         if chunk.get("usage"):
-            self._told = True
-            chunk["usage"] = self._whole(chunk["usage"])
+            self._told = chunk["usage"] = self._whole(chunk["usage"])
         return b"data: " + _encode(chunk) + b"\n\n"
 
     def _whole(self, usage: dict[str, Any]) -> dict[str, Any]:
@@ -207,14 +208,27 @@ class Resume:
         return {**usage, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def settle(self, reply: Reply) -> None:
-        """The call is over: a usage that did not go by as an event is made whole too."""
+        """The call is over: its usage is what the client was told, or made whole if it was not told any."""
         usage = reply.usage
-        if usage is None:  # whoever went on did not come so far
+        if self._told is not None:
+            reply.usage = _counted(self._told)
+        elif usage is None:  # whoever went on did not come so far
             if self._before is not None:
                 tokens = max(self.tokens, self._before.completion_tokens)
                 reply.usage = msgspec.structs.replace(self._before, completion_tokens=tokens)
-        elif self._going and not self._told:
+        elif self._going:
             reply.usage = msgspec.structs.replace(usage, completion_tokens=usage.completion_tokens + self.tokens)
+
+
+def _counted(usage: dict[str, Any]) -> Usage:
+    """Usage as we know it."""
+    prompt, completion = usage.get("prompt_tokens_details") or {}, usage.get("completion_tokens_details") or {}
+    return Usage(
+        usage.get("prompt_tokens") or 0,
+        usage.get("completion_tokens") or 0,
+        prompt.get("cached_tokens") or 0,
+        completion.get("reasoning_tokens") or 0,
+    )
 
 
 def _continuable(call: Call) -> bool:

@@ -19,7 +19,7 @@ from time import perf_counter_ns
 from ..config import Settings
 from ..core import DEADLINE, FINISHED, Call, Leg, Next, Plan, Target
 from ..engines.timeouts import GRAIN, Timeouts
-from ..errors import DeadlineExceeded, Overloaded, QuotaExceeded, RateLimited, TertuliaError
+from ..errors import DeadlineExceeded, Overloaded, QuotaExceeded, RateLimited, TertuliaError, UpstreamTimeout
 from .backoff import BUSY, PATIENCE_SECONDS, REFUSED, delay, judge
 from .line import HIGH, LOW, NORMAL, Ticket
 from .metrics import COUNTER, GAUGE, Histogram, family, histogram
@@ -33,7 +33,9 @@ BYTES_PER_TOKEN = 4  # how a prompt is estimated for an upstream's limit before 
 LATE = 500_000_000  # nanoseconds a call may have had already for its time to be counted from here
 SHORT_PAUSE = 1.0  # seconds that are waited for a target although another group could answer at once
 LEVELS = {"high": HIGH, "normal": NORMAL, "low": LOW}
-TIERS = {"priority": HIGH, "fast": HIGH, "flex": LOW}  # of the body's service_tier
+FLEX = "flex"  # the service_tier of a body that gives way to others; none goes before them
+SHARE = 0.5  # of the time a call has left: how long a target may be silent where another could be asked
+ENOUGH = 0.1  # of its whole time: an attempt that has had less proves nothing by its silence
 CONTINUE = "continue"
 
 
@@ -58,6 +60,7 @@ class Route:
         self.waits: dict[Ticket, asyncio.TimerHandle] = {}
         self.silences: dict[Trip, asyncio.TimerHandle] = {}  # of streams: until its silence is worth a heartbeat
         self._by_seconds: dict[float, Timeouts[Trip]] = {}
+        self._hurries: dict[float, Timeouts[Trip]] = {}  # of first attempts, by the seconds of their deadline
         self._take(settings)
 
     def _take(self, settings: Settings) -> None:
@@ -78,7 +81,7 @@ class Route:
 
     def close(self) -> None:
         """No timer runs any more."""
-        for timeouts in self._by_seconds.values():
+        for timeouts in (*self._by_seconds.values(), *self._hurries.values()):
             timeouts.close()
         if self.beats is not None:
             self.beats.close()
@@ -113,13 +116,39 @@ class Route:
             if plan.on_break == CONTINUE:
                 trip.resume = Resume()
                 reply.rewrite(trip.resume.see)
+        groups = plan.groups
         if plan.alone:
             target: Target = plan.first
         else:
-            group = plan.groups[0]
+            group = groups[0]
             target = self.choose([leg for leg in group if self.targets.of(leg.target).clear] or group, plan.balance)
         live: Live = target.live or self.targets.of(target)
-        return trip.go(target, live) if live.clear else trip.look()
+        if live.clear and ((len(groups) == 1 and plan.alone) or self._hurry(trip, live)):
+            return trip.go(target, live)
+        return trip.look()
+
+    def _hurry(self, trip: Trip, live: Live) -> bool:
+        """Limits the silence of who is asked first where there are others; False if it must be done by a detour."""
+        if trip.timer is not None:  # it has less time than the others of its deadline
+            return False
+        if live.far:  # an engine of ours looks after itself
+            seconds = trip.deadlines.seconds
+            found = self._hurries.get(seconds)
+            if found is None:
+                found = self._hurries[seconds] = Timeouts(seconds * SHARE, self.cut)
+            trip.hurry = found
+            found.add(trip)
+        return True
+
+    def cut(self, trip: Trip) -> None:
+        """Who was asked has been silent for its share of the time: it has failed, if there is another to be asked."""
+        live = trip.live
+        if live is None or trip.call.reply.closed or trip.heard() or not trip.others():
+            return
+        seconds = (perf_counter_ns() - trip.sent) * 1e-9
+        trip.call.reply.fail(UpstreamTimeout(f"Nothing came for {seconds:.3g} seconds, and another was to be asked."))
+        if trip.detour is not None:
+            trip.detour.hopeless.add(live)  # it has had its share
 
     def _drawn(self, legs: Sequence[Leg]) -> Target:
         """By weight and chance."""
@@ -178,11 +207,11 @@ class Route:
                 timer.cancel()
 
     def level(self, call: Call) -> int:
-        """Its place in line: what its key is given, else what it asks for."""
+        """Its place in line: what its key is given. Whoever asks for less gets it; nobody gets more by asking."""
+        if getattr(call.asked, "service_tier", None) == FLEX:
+            return LOW
         policy = self.settings.policies.get(call.principal.key_id)
-        if policy is not None and policy.priority is not None:
-            return LEVELS[policy.priority]
-        return TIERS.get(getattr(call.asked, "service_tier", None) or "", NORMAL)
+        return NORMAL if policy is None or policy.priority is None else LEVELS[policy.priority]
 
     def metrics(self) -> list[str]:
         """What became of the calls sent to each target, and how the targets are doing."""
@@ -219,8 +248,8 @@ class Trip:
     """One call's way to who answers it. The detour is made only for calls that need one."""
 
     __slots__ = (
-        "beats", "call", "deadlines", "detour", "head", "live", "plan", "probe", "resume", "route", "sent", "timer",
-        "tokens",
+        "beats", "call", "deadlines", "detour", "head", "hurry", "live", "plan", "probe", "resume", "route", "sent",
+        "timer", "tokens",
     )  # fmt: skip
 
     deadlines: Timeouts[Trip]
@@ -233,6 +262,7 @@ class Trip:
         self.beats: Timeouts[Trip] | None = None
         self.resume: Resume | None = None
         self.timer: asyncio.TimerHandle | None = None
+        self.hurry: Timeouts[Trip] | None = None  # limits the silence of who is asked first
         self.probe = False
         self.tokens = 0
         self.head = -1  # how many header lines are not the attempt's; -1: there has been none
@@ -290,6 +320,9 @@ class Trip:
         """The attempt is over."""
         self.live = None
         live.in_flight -= 1
+        if self.hurry is not None:
+            self.hurry.remove(self)
+            self.hurry = None
         if outcome == FINISHED:
             reply = self.call.reply
             if reply.first > self.sent:  # not so of who continued
@@ -306,8 +339,29 @@ class Trip:
             live.rates.settle(self.tokens, usage.prompt_tokens + usage.completion_tokens)
         if live.limit is not None and outcome != BUSY:
             live.took(perf_counter_ns() - self.sent)
-        live.leave(outcome, self.probe, retry_after)
+        silent = False
+        if outcome == DEADLINE and not self.heard():
+            silent = (perf_counter_ns() - self.sent) * 1e-9 >= self.deadlines.seconds * ENOUGH
+            live.why = DeadlineExceeded.code or ""
+        live.leave(outcome, self.probe, retry_after, silent)
         self.probe = False
+
+    def heard(self) -> bool:
+        """Whether anything of the attempt under way has come."""
+        reply = self.call.reply
+        return reply.started and reply.last >= self.sent
+
+    def others(self) -> bool:
+        """Whether somebody could be asked in place of who is answering: of its group, or of one after it."""
+        route, plan, detour = self.route, self.plan, self.detour
+        group, tries = (0, 1) if detour is None else (detour.group, detour.tries)
+        now = route.time()
+        for at in range(group if tries <= plan.retries else group + 1, len(plan.groups)):
+            for leg in plan.groups[at]:
+                live = route.targets.of(leg.target)
+                if live is not self.live and (detour is None or live not in detour.asked) and live.breaker.allows(now):
+                    return True
+        return False
 
     # the detour
     def recover(self, error: TertuliaError) -> bool:
@@ -319,6 +373,7 @@ class Trip:
             self._leave(live, DEADLINE)
             return False
         verdict = judge(error)
+        live.why = error.code or str(error.status)
         self._leave(live, verdict, error.retry_after if error.status == 429 else None)
         reply.undo(self.settle)
         detour = self.detour
@@ -382,6 +437,9 @@ class Trip:
             route.fallbacks += 1
         detour.tries += 1
         self.sent = perf_counter_ns()
+        if live.far and (detour.group + 1 < len(self.plan.groups) or not self.plan.alone):
+            assert call.deadline is not None
+            detour.cut = route.loop.call_later(max(0.0, call.deadline - now) * SHARE, route.cut, self)
         return self.go(target, live)
 
     def _proved(self, data: bytes) -> None:
@@ -419,8 +477,8 @@ class Detour:
     """Where a call stands that did not go straight through."""
 
     __slots__ = (
-        "asked", "error", "floor", "group", "head", "hopeless", "paid", "refusal", "route", "task", "ticket", "timer",
-        "tokens", "tries", "trip", "wait",
+        "asked", "cut", "error", "floor", "group", "head", "hopeless", "paid", "refusal", "route", "task", "ticket",
+        "timer", "tokens", "tries", "trip", "wait",
     )  # fmt: skip
 
     def __init__(self, trip: Trip) -> None:
@@ -431,6 +489,7 @@ class Detour:
         self.refusal: TertuliaError | None = None  # why a busy target could not be waited for
         self.wait: float | None = None  # seconds until a broken target may be asked again
         self.timer: asyncio.Handle | None = None
+        self.cut: asyncio.TimerHandle | None = None  # limits the silence of who is asked
         self.ticket: Ticket | None = None
         self.task: asyncio.Task[None] | None = None
         self._enter(0)
@@ -447,6 +506,8 @@ class Detour:
         """Who was asked has failed."""
         target = self.trip.call.target
         assert target is not None
+        if self.cut is not None:
+            self.cut.cancel()
         live = self.route.targets.of(target)
         self.asked.add(live)
         begun = self.trip.call.reply.started and self.group + 1 < len(self.trip.plan.groups)
@@ -551,7 +612,7 @@ class Detour:
     def _refuse(self, lives: list[Live], turn: float, now: float) -> None:
         route = self.route
         route.refused += 1
-        turn = max(turn, min((live.turn(LOW, "", self.tokens, now) for live in lives), default=turn), 0.1)
+        turn = max(turn, min((live.estimate(LOW, "", self.tokens, now) for live in lives), default=turn), 0.1)
         if all(live.limited(self.tokens, now) for live in lives):
             self.refusal = RateLimited(
                 f"The rate limit of who answers `{self.trip.call.model}` is reached. Please try again in {turn:.3g}s.",
@@ -598,6 +659,8 @@ class Detour:
         """The call is over."""
         if self.timer is not None:
             self.timer.cancel()
+        if self.cut is not None:
+            self.cut.cancel()
         self.left_line()
 
     def verdict(self) -> TertuliaError:

@@ -12,6 +12,8 @@ The shared call is paid for once, by one of the listeners, the payer: its call.c
 "joined". That is the leader; if it leaves early, the one after it pays in its place. An answer that went on in grace
 and that nobody came back for is given to Flights.account when it ends.
 
+The shared call has a deadline further in, the one of its leader. Who is still behind when it has ended has its own.
+
 It does not know when two calls are identical, nor what becomes of an answer that is whole.
 """
 
@@ -20,9 +22,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from time import perf_counter_ns
 
 from ..core import CLIENT_LEFT, FAILED, FINISHED, STOPPED, Call, Next, Reply, retry_headers
-from ..errors import TertuliaError
+from ..errors import DeadlineExceeded, TertuliaError
 
 log = logging.getLogger("tertulia.gateway")
 LAG = 4 * 2**20  # bytes the slowest listener may be behind before the others have to wait for it
@@ -57,6 +60,7 @@ class Flights:
         """retry_key(call): under what a call that nobody waits for any more is found by its client's next try."""
         self.retry_key = retry_key
         self.grace = 0.0  # seconds
+        self.seconds = 0.0  # a call may take in all, unless its plan says otherwise; 0: no limit
         self.kept = 0  # bytes, of all flights
         self.account: Callable[[Call, str], None] | None = None  # told (call, outcome) of what nobody came back for
         self._by_key: dict[bytes, Flight] = {}
@@ -80,7 +84,7 @@ class Flights:
         self._all.add(flight)
         if key is not None:
             self.register(flight, key)
-        flight.join(call)
+        flight.join(call, True)
         try:
             rest = following(flight.call)
         except Exception as error:  # typed or a defect of ours: it is the shared call's, as the pipeline would say
@@ -113,12 +117,13 @@ class Flights:
 class Listener:
     """One call that waits for a shared answer; the Source of its Reply."""
 
-    __slots__ = ("at", "busy", "call", "finishing", "flight", "given", "joined", "reply", "told")
+    __slots__ = ("at", "busy", "call", "finishing", "flight", "given", "leads", "reply", "timer", "told")
 
-    def __init__(self, flight: Flight, call: Call) -> None:
-        self.flight, self.call, self.reply = flight, call, call.reply
+    def __init__(self, flight: Flight, call: Call, leads: bool) -> None:
+        self.flight, self.call, self.reply, self.leads = flight, call, call.reply, leads
         self.at = self.given = 0  # pieces and bytes of the answer that it has
         self.busy = self.finishing = self.told = False
+        self.timer: asyncio.TimerHandle | None = None  # its own time, once the shared call's is over
 
     def pause_reading(self) -> None:
         """Its client reads slowly."""
@@ -131,6 +136,9 @@ class Listener:
 
     def left(self, outcome: str) -> None:
         """Its reply has closed, for whatever reason."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
         self.flight.left(self, outcome)
 
 
@@ -169,11 +177,11 @@ class Flight:
             failed(self.call, error)
 
     # listeners
-    def join(self, call: Call) -> None:
-        """Makes call's reply a listener: it gets what has been said at once."""
+    def join(self, call: Call, leads: bool = False) -> None:
+        """Makes call's reply a listener: it gets what has been said at once. leads: the shared call is a copy of it."""
         if call.reply.closed:
             return
-        listener = Listener(self, call)
+        listener = Listener(self, call, leads)
         self.listeners[listener] = None
         if self.payer is None and self.outcome is None:
             self.payer = listener
@@ -237,10 +245,12 @@ class Flight:
         listener.finishing = True
         if not listener.told:
             self._tell(listener)
-        if self.error is not None:
-            reply.fail(self.error)
-        else:
+        if self.error is None:
             reply.close(self.outcome or FAILED)
+        elif isinstance(self.error, DeadlineExceeded) and not listener.leads:
+            reply.fail(_not_its_own(self.error))
+        else:
+            reply.fail(self.error)
 
     def left(self, listener: Listener, outcome: str) -> None:
         """A listener's reply has closed: it was given everything, or its client left."""
@@ -358,6 +368,8 @@ class Flight:
         self.reply.sink = NOWHERE  # it has no more to say, and a circle would outlive the answer
         for listener in tuple(self.listeners):
             self.give(listener)
+            if listener in self.listeners:
+                listener.timer = limited(listener.call, self._flights.seconds)
 
     # what is kept
     def _hold(self, size: int) -> None:
@@ -387,6 +399,31 @@ def failed(call: Call, error: Exception) -> None:
         log.error("%s: unexpected error", call.id, exc_info=error)
         error = TertuliaError()
     call.reply.fail(error)
+
+
+def limited(call: Call, seconds: float) -> asyncio.TimerHandle | None:
+    """Ends a call that waits for nobody but its client when its time is over, counted from its first byte.
+    seconds: what it has unless its plan says otherwise; 0: no limit."""
+    if call.plan is not None and call.plan.timeout is not None:
+        seconds = call.plan.timeout
+    if not seconds:
+        return None
+    spent = (perf_counter_ns() - call.began) * 1e-9 if call.began else 0.0
+    return asyncio.get_running_loop().call_later(max(0.0, seconds - spent), _expire, call, seconds)
+
+
+def _expire(call: Call, seconds: float) -> None:
+    call.reply.fail(DeadlineExceeded(f"The request took longer than {seconds:g} seconds."))
+
+
+def _not_its_own(error: DeadlineExceeded) -> DeadlineExceeded:
+    """What one who joined is told of a deadline that was the leader's: another try has all of its own time."""
+    found = DeadlineExceeded(
+        "The request shared the answer of an identical one that had begun before it, and whose time ran out: "
+        f"{error.message} Please try again."
+    )
+    found.retry = True
+    return found
 
 
 def _copy(call: Call, reply: Reply) -> Call:

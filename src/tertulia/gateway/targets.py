@@ -5,7 +5,9 @@ outlives a new configuration. It knows nothing of a call but its size; which tar
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Set
 from time import perf_counter_ns
 
@@ -20,10 +22,14 @@ from .breaker import CLOSED, OPEN, Breaker
 from .line import Line, Ticket
 from .names import engine_name
 
+log = logging.getLogger("tertulia.gateway")
 READY, WAITS, BROKEN = 0, 1, 2  # a call may go there now; in a while; not until its breaker lets it
 SMOOTHING = 0.2  # weight of the newest value in a moving average
 HALF_LIFE = 30e9  # nanoseconds in which an unused target's latency counts half: so it is tried again
 LONGEST_REST = 3600.0
+LEAST_DURATION = 1.0  # seconds a call is taken to need as long as none has ended
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+CODE = re.compile(r"[a-z0-9_.-]{1,64}", re.IGNORECASE)
 
 
 class Rates:
@@ -62,13 +68,14 @@ class Live:
 
     __slots__ = (
         "_pumping", "_wake", "breaker", "budget", "calls", "clear", "counts", "duration", "far", "finished", "gone",
-        "header", "in_flight", "label", "latency", "latency_at", "limit", "line", "rates", "resting", "time",
+        "header", "in_flight", "label", "latency", "latency_at", "limit", "line", "rates", "resting", "since",
+        "time", "why",
     )  # fmt: skip
 
     def __init__(self, label: str, model: str, far: bool, time: Callable[[], float], settings: Settings) -> None:
         """far: it is an upstream's. An engine of ours looks after itself: it is not asked twice, and has no breaker."""
         self.label, self.far, self.time = label, far, time
-        self.header = b"x-tertulia-model: %s\r\n" % model.encode("latin-1", "replace")
+        self.header = b"x-tertulia-model: %s\r\n" % _CONTROL.sub("", model).encode("latin-1", "replace")
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_cooldown)
         self.budget = Budget(settings.retry_budget, time())
         self.line = Line()
@@ -79,8 +86,10 @@ class Live:
         self.latency = 0.0  # seconds to the first byte, a moving average; 0: not known
         self.latency_at = 0
         self.duration = 0.0  # seconds of a whole call, a moving average, measured where there is a limit
+        self.since = 0.0  # when the oldest call in flight was sent, as long as none has ended
         self.resting = 0.0  # until then it asked to be left alone
         self.clear = True
+        self.why = ""  # how it failed last: an error's code, or its status
         self.gone = False  # the settings do not have it any more
         self._wake: asyncio.TimerHandle | None = None
         self._pumping = False
@@ -122,24 +131,38 @@ class Live:
         full = self.limit is not None and self.in_flight >= self.limit
         return self.pause(tokens, now) + apart * (ahead + full)
 
+    def estimate(self, level: int, project: str, tokens: int, now: float) -> float:
+        """As turn, and no less than can be believed: what no call has ended of takes as long as the oldest has had."""
+        turn = self.turn(level, project, tokens, now)
+        if self.duration or self.limit is None or self.in_flight < self.limit:
+            return turn
+        age = now - self.since if self.since else 0.0
+        each = max(LEAST_DURATION, age) / max(1, self.limit)
+        return max(turn, LEAST_DURATION, self.pause(tokens, now) + each * (self.line.ahead(level, project) + 1))
+
     # a call's way through it
     def enter(self, tokens: int, now: float) -> bool:
         """A call is sent; True if it is the breaker's probe. Only needed where not clear."""
+        if not self.in_flight:
+            self.since = now
         if self.rates is not None:
             self.rates.take(tokens)
         return self.breaker.enter(now)
 
-    def leave(self, outcome: str, probe: bool, retry_after: float | None = None) -> None:
-        """A call has ended otherwise than well, or not been clear to go: outcome is one of core's or of backoff's."""
-        now = self.time()
+    def leave(self, outcome: str, probe: bool, retry_after: float | None = None, silent: bool = False) -> None:
+        """A call has ended otherwise than well, or not been clear to go: outcome is one of core's or of backoff's.
+        silent: its deadline passed without a byte, which is the target's failure."""
+        now, before = self.time(), self.breaker.state
         if outcome == "finished":
             self.finished += 1
         else:
             self.counts[outcome] = self.counts.get(outcome, 0) + 1
         if outcome in ("finished", backoff.REFUSED):
             self.breaker.succeeded(probe)
-        elif outcome == backoff.FAILED and self.far:
+            self._tell(before)
+        elif (outcome == backoff.FAILED or silent) and self.far:
             self.breaker.failed(now, probe)
+            self._tell(before)
         else:
             if outcome == backoff.BUSY and self.far and retry_after is not None:
                 self.resting = max(self.resting, now + min(retry_after, LONGEST_REST))
@@ -149,9 +172,21 @@ class Live:
 
     def proved(self) -> None:
         """The probe has its first byte: others need not wait until it is over."""
+        before = self.breaker.state
         self.breaker.succeeded(True)
+        self._tell(before)
         self._look()
         self.pump_soon()
+
+    def _tell(self, before: int) -> None:
+        """Says it where the breaker, which was in that state, has opened or closed."""
+        if self.breaker.state == before:
+            return
+        if self.breaker.state == OPEN:
+            why = self.why if CODE.fullmatch(self.why) else "it failed"  # an upstream may have put any text there
+            log.warning("target %s is left alone for %g s: %s", self.label, self.breaker.cooldown, why)
+        else:
+            log.warning("target %s answers again", self.label)
 
     def learn(self, nanoseconds: int, at: int) -> None:
         """A call's time to the first byte; at is perf_counter_ns() now or so."""

@@ -96,6 +96,7 @@ class Import:
         self.settings: dict[str, Any] = {"strict_models": True}
         self.groups: dict[str, list[Deployment]] = {}
         self.base: dict[str, str] = {}  # model group -> the name that answers it, without a preset
+        self.weighted: dict[str, None] = {}  # groups with a weight of their own
         self._variables: dict[str, str] = {}  # key in clear -> the variable it should be in
         self._same: dict[Any, str] = {}  # what makes two deployments one upstream -> its name
 
@@ -174,7 +175,8 @@ class Import:
             parts = urlsplit(str(base))
         except ValueError:
             parts = urlsplit("")
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+        more = "@" in parts.netloc or parts.query or parts.fragment
+        if parts.scheme not in ("http", "https") or not parts.hostname or more:
             self.note(f"{where}: its api_base is no plain http or https address; left out")
             return None
         path = parts.path.rstrip("/") or known.root
@@ -276,9 +278,13 @@ class Import:
         found = self._upstream(provider, made["base_url"], made)
         if not self.upstreams[found]["models"]:
             del self.upstreams[found]["models"]
+        lists = f"the models that {found} lists are served" + (f" as {name[:-1]}NAME" if name != "*" else "")
+        self.note(f"{where}: discover = true is no wildcard: {lists}, any other name is a 404")
 
     def _weigh(self, it: Deployment, given: dict[str, Any]) -> None:
         weight = given.pop("weight", None)
+        if weight is not None:
+            self.weighted[it.name] = None
         limits = self.upstreams[it.upstream]
         it.weight = weight or limits.get("requests_per_minute") or limits.get("tokens_per_minute")
         if not isinstance(it.weight, int | float) or not 0 < it.weight <= 1_000_000:
@@ -395,7 +401,7 @@ def read(text: str, source: str) -> Mapping[str, Any]:
         mark = getattr(error, "problem_mark", None)
         at = f" (line {mark.line + 1})" if mark is not None else ""
         raise SettingsError(f"{source}: not valid YAML{at}") from None
-    if not isinstance(values, Mapping) or not any(name in values for name in ("model_list", *SECTIONS)):
+    if not isinstance(values, Mapping) or all(values.get(name) is None for name in ("model_list", *SECTIONS)):
         raise SettingsError(f"{source}: this is no configuration of a LiteLLM proxy: it has no model_list")
     return values
 
@@ -418,4 +424,7 @@ def convert(text: str, source: str, environment: Mapping[str, str] | None = None
     for route in it.routes.values():
         if strategy and len(route["targets"]) > 1:
             route["balance"] = strategy
+    for name in it.weighted if strategy == "fastest" else ():
+        if len(it.routes.get(it.base.get(name, ""), {}).get("targets", ())) > 1:
+            it.note(f"{name}: the weight of its deployments counts for nothing where the fastest is chosen")
     return HEAD.format(source=source) + "\n" + toml.write(it.tables()), it.notes

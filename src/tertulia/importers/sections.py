@@ -14,6 +14,7 @@ class Target(Protocol):
     base: dict[str, str]
     settings: dict[str, Any]
     aliases: dict[str, str]
+    presets: dict[str, dict[str, Any]]
 
     def note(self, text: str) -> None: ...
     def setting(self, where: str, name: str, value: Any) -> None: ...
@@ -114,6 +115,8 @@ def _known(it: Target, where: str, names: Any) -> list[str]:
     for name in names if isinstance(names, list) else [names]:
         if isinstance(name, str) and name in it.base:
             found.append(it.base[name])
+            if name in it.presets:
+                it.note(f"{where}: {name} stands in as {it.base[name]}, without its parameters")
         else:
             it.note(f"{where}: there is no model {name if isinstance(name, str) else 'with parameters of its own'!r}")
     return found

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tertulia.accounts.entry import Entry
 from tertulia.accounts.ledger import Ledger
 from tertulia.accounts.prices import NANO, Prices
-from tertulia.core import Usage
+from tertulia.core import ModelCard, Target, Usage
 from tertulia.errors import SettingsError
 
 
@@ -19,6 +20,10 @@ def entry(id: str = "req_1", project: str = "proj_1", cost: int = 5, at: float |
     return Entry(
         id, at or time.time(), "key_1", project, "chat", "gpt-4o", "mock", 200, "finished", 1.5, False, 3, 4, cost=cost
     )
+
+
+def target(model: str, engine: str = "u") -> Target:
+    return Target(SimpleNamespace(name=engine), model, ModelCard(id=model, kind="chat", source="test:"))
 
 
 @pytest.fixture
@@ -67,9 +72,17 @@ def test_a_damaged_line_is_told_and_keeps_nobody_from_starting(
 
 def test_prices_are_integers_of_a_billionth_dollar() -> None:
     prices = Prices({"far": {"input": 2.5, "output": 10}, "half": {"input": 0.15}})
-    assert prices.cost("far", 1_000_000, 0) == 2.5 * NANO and prices.cost("far", 0, 1_000_000) == 10 * NANO
-    assert prices.of("far", Usage(3, 4)) == 3 * 2500 + 4 * 10_000
-    assert prices.cost("half", 1, 1) == 150 and prices.cost("local", 10**9, 10**9) == 0
+    far, half, local = target("far"), target("half"), target("local")
+    assert prices.cost(far, 1_000_000, 0) == 2.5 * NANO and prices.cost(far, 0, 1_000_000) == 10 * NANO
+    assert prices.of(far, Usage(3, 4)) == 3 * 2500 + 4 * 10_000
+    assert prices.cost(half, 1, 1) == 150 and prices.cost(local, 10**9, 10**9) == 0
+
+
+def test_upstreams_that_share_a_name_have_their_own_prices_unless_all_have_one() -> None:
+    upstreams = {"a": {"m": {"input": 1.0}, "n": {"input": 1.0}}, "b": {"m": {"input": 3.0}}, "c": {}}
+    prices = Prices({"n": {"input": 7.0}}, upstreams)
+    assert [prices.cost(target("m", name), 1, 0) for name in "abc"] == [1000, 3000, 0]
+    assert [prices.cost(target("n", name), 1, 0) for name in "abc"] == [7000] * 3
 
 
 @pytest.mark.parametrize(

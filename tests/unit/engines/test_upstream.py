@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from typing import Any
 
 import msgspec
@@ -96,6 +97,19 @@ def test_a_key_that_cannot_be_sent_is_not_shown() -> None:
 def test_an_address_that_is_none_is_a_settings_error(base: str) -> None:
     with pytest.raises(SettingsError, match="base_url"):
         sent(base_url=base)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "https://u:hidden@far.example/v1", "https://hidden@far.example", "u:hidden@far.example/v1",
+        "https://far.example/v1?key=hidden", "https://far.example/v1#hidden", "https://u:hid/den@x:port/",
+    ],
+)  # fmt: skip
+def test_an_address_holds_no_password_and_nothing_that_would_be_dropped(base: str) -> None:
+    with pytest.raises(SettingsError, match=r"^upstreams\.u\.base_url: ") as caught:
+        sent(base_url=base)
+    assert "hid" not in caught.value.message
 
 
 def test_a_file_of_certificates_that_is_not_there_is_a_settings_error() -> None:
@@ -276,11 +290,23 @@ def test_refusals_in_other_shapes_get_ours(status: int, body: bytes, words: str)
         ([(b"retry-after", b"nan")], None),
         ([(b"retry-after", b"soon")], None),
         ([(b"retry-after", b"Fri, 31 Dec 1999 23:59:59 GMT")], 0.0),
+        ([(b"retry-after", b"Fri Dec 31 23:59:59 1999")], 0.0),
         ([(b"retry-after", b"Fri, 31 Dec 2999 23:59:59 GMT")], 2_678_400.0),
     ],
 )
 def test_retry_after(headers: list[tuple[bytes, bytes]], seconds: float | None) -> None:
     assert retry_after(headers) == seconds
+
+
+def test_a_date_without_a_zone_is_utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Etc/GMT+9")
+    time.tzset()
+    try:
+        date = time.asctime(time.gmtime(time.time() + 100)).encode()
+        assert 98 < (retry_after([(b"retry-after", date)]) or 0) <= 100
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize(
@@ -351,6 +377,20 @@ def test_a_stream_passes_under_every_split(size: int, ends: bytes) -> None:
         async with far_side() as side:
             side.far.script = stream(*(text[at : at + size] for at in range(0, len(text), size)))
             assert (await side.ask(stream=True))[1] == text
+
+    run(test)
+
+
+@pytest.mark.parametrize("size", [1, 2, 10_000])
+def test_a_byte_order_mark_and_unknown_fields_are_passed_over(size: int) -> None:
+    events = [STREAM[0], b"x-trace: 7\n" + STREAM[1], b"cost: 3\nodd\n\n", *STREAM[2:]]
+    text = b"\xef\xbb\xbf" + b"".join(events)
+
+    async def test() -> None:
+        async with far_side() as side:
+            side.far.script = stream(*(text[at : at + size] for at in range(0, len(text), size)))
+            reply, body = await side.ask(stream=True)
+            assert (reply.outcome, body) == (FINISHED, b"".join(events))
 
     run(test)
 
@@ -491,6 +531,54 @@ def test_the_end_of_the_connection_is_an_end_after_done_and_a_break_before() -> 
                 assert reply.usage is not None and reply.usage.estimated and reply.usage.completion_tokens == 2
 
     pieces: list[bytes] = []
+    run(test)
+
+
+@pytest.mark.parametrize("rest", [b"0\r\n\r\n", chunked(b"\n: bye\n\n") + b"0\r\n\r\n"])
+def test_done_ends_the_answer_at_once_and_an_ending_that_comes_later_keeps_the_connection(rest: bytes) -> None:
+    async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(stream(*STREAM, end=False))
+        await answered.wait()
+        writer.write(rest)
+
+    async def test() -> None:
+        async with far_side() as side:
+            side.far.script = late
+            for _ in range(3):
+                answered.clear()
+                reply, body = await side.ask(stream=True)
+                assert (reply.outcome, body) == (FINISHED, b"".join(STREAM))
+                assert len(side.upstream.pool.rests) == 1 and reply.usage is not None
+                answered.set()
+                while len(side.upstream.pool.rests):
+                    await asyncio.sleep(0.005)
+            assert side.far.connections == 1 and not side.upstream.stall
+
+    answered = asyncio.Event()
+    run(test)
+
+
+@pytest.mark.parametrize("rest", [b"", chunked(b"x" * 5000), b"garbage\r\n"])
+def test_an_upstream_that_does_not_end_after_done_is_given_up(rest: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tertulia.engines.connection.REST_SECONDS", 0.2)
+
+    async def open_ended(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(stream(*STREAM, end=False))
+        await asyncio.sleep(0.02)
+        writer.write(rest)
+        await reader.read()
+
+    async def test() -> None:
+        async with far_side() as side:
+            side.far.script = open_ended
+            async with asyncio.timeout(2):
+                reply, body = await side.ask(stream=True)
+                assert (reply.outcome, body) == (FINISHED, b"".join(STREAM))
+                await side.far.left.wait()
+                while side.upstream.pool.open_connections:
+                    await asyncio.sleep(0.01)
+            assert not len(side.upstream.pool.rests)
+
     run(test)
 
 
@@ -675,6 +763,23 @@ def test_a_slow_but_steady_stream_is_no_stall_and_the_pause_after_it_is_measured
     run(test)
 
 
+def test_comments_between_events_are_a_stall() -> None:
+    async def steady(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(stream(STREAM[0], end=False))
+        for _ in range(60):
+            writer.write(chunked(b": ping\n\n"))
+            await asyncio.sleep(0.05)
+
+    async def test() -> None:
+        async with far_side(stall_timeout=0.4) as side:
+            side.far.script = steady
+            async with asyncio.timeout(1.5):
+                _, body = await side.ask(stream=True)
+            assert last_error(body)["message"] == "The upstream said nothing for 0.4 seconds."
+
+    run(test)
+
+
 def test_an_attempt_may_have_a_limit_in_all() -> None:
     async def steady(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(stream(end=False))
@@ -750,6 +855,14 @@ def test_a_model_can_be_offered_by_the_name_it_has_there() -> None:
     upstream._take([Listed("o9"), Listed("new")])
     assert [card.id for card in upstream.models()] == ["a", "o9", "new"] and upstream.named == {"a"}
     assert upstream.offer("o9").id == "u/o9"  # whatever it lists
+
+
+def test_what_is_no_name_is_not_offered(caplog: pytest.LogCaptureFixture) -> None:
+    upstream = Upstream("u", settings(models={}), None, {})
+    with caplog.at_level(logging.WARNING):
+        upstream._take([Listed(name) for name in ("good", "a\nb", "x" * 257, "\x7f", "", "y" * 256)])
+    assert [card.id for card in upstream.models()] == ["good", "y" * 256]
+    assert len(caplog.records) == 4 and all("\n" not in record.getMessage() for record in caplog.records)
 
 
 def listing(*models: dict[str, Any]) -> bytes:

@@ -72,14 +72,15 @@ def test_byte_by_byte_is_the_same_as_at_once() -> None:
     ("event", "data"),
     [
         (b"data: {}", b"{}"), (b"data:{}", b"{}"), (b"data:  {}", b" {}"), (b": hi", None), (b"event: x\nid: 1", None),
-        (b"event: x\ndata: [1,\ndata: 2]", b"[1,\n2]"), (b"retry: 5\ndata: x", b"x"), (b"data:", b""),
+        (b"event: x\ndata: [1,\ndata: 2]", b"[1,\n2]"), (b"retry: 5\ndata: x", b"x"), (b"data:", b""), (b"data", b""),
+        (b"trace-id: 7\ndata: x\nodd", b"x"), (b"data: x\nwhat is this", b"x"), (b"cost: 5\nx_y", None),
     ],
 )  # fmt: skip
 def test_the_data_of_an_event(event: bytes, data: bytes | None) -> None:
     assert data_of(event) == data
 
 
-@pytest.mark.parametrize("event", [b"<html>", b"{}", b"data", b": ok\nwhat is this"])
+@pytest.mark.parametrize("event", [b"<html>", b"{}", b'{\n"a": 1\n}', b": ok\nwhat is this"])
 def test_what_is_no_event(event: bytes) -> None:
     with pytest.raises(ValueError, match="not a server-sent event"):
         data_of(event)

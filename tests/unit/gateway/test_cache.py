@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
+from time import perf_counter_ns
 from typing import Any
 
 import pytest
@@ -14,9 +17,22 @@ from hypothesis import strategies as st
 
 from tertulia.api import chat, completions, embeddings
 from tertulia.config import Policy, Settings
-from tertulia.core import CLIENT_LEFT, FAILED, FINISHED, Call, ModelCard, Plan, Principal, Reply, Target, Usage, Wishes
+from tertulia.core import (
+    CLIENT_LEFT,
+    DEADLINE,
+    FAILED,
+    FINISHED,
+    Call,
+    ModelCard,
+    Plan,
+    Principal,
+    Reply,
+    Target,
+    Usage,
+    Wishes,
+)
 from tertulia.engines.base import Collector
-from tertulia.errors import TertuliaError
+from tertulia.errors import DeadlineExceeded, TertuliaError
 from tertulia.gateway import cache as module
 from tertulia.gateway.cache import Cache, Directives, NotCached, directives, portions, whole
 from tertulia.gateway.canonical import KNOWN_LIMIT, Keys, canonical
@@ -533,29 +549,54 @@ def test_a_stream_is_kept_in_fewer_pieces_of_whole_events() -> None:
     assert 5 < len(found) < 20 and portions([]) == []
 
 
-def test_a_slow_reader_of_a_hit_is_waited_for(tmp_path: Path) -> None:
-    house = House(tmp_path)
+def slow_hit(house: House) -> tuple[Call, Wire]:
+    """A long stream that is kept, on its way to a client that takes one piece and no more."""
     house.pieces = [b"data: %s\n\n" % (b"1" * 1000) for _ in range(200)] + [DONE]
     house.ask(temperature=0, stream=True)
     call, wire = house.call(temperature=0, stream=True)
-    reply = call.reply
-
-    def slow(data: bytes) -> None:
-        reply.pause()
-
-    reply.tap(slow)
-    house.run(call)
-    steps = 0
-    while wire.outcome is None:
-        steps += 1
-        assert len(wire.pieces) == steps
-        reply.resume()
-    assert steps + 1 == len(wire.pieces) > 5 and wire.body == b"".join(house.pieces) and wire.outcome == FINISHED
-    call, wire = house.call(temperature=0, stream=True)
     call.reply.tap(lambda data: call.reply.pause())
     house.run(call)
-    call.reply.close(CLIENT_LEFT)
-    assert len(wire.pieces) == 1
+    assert call.cache == "hit" and len(wire.pieces) == 1
+    return call, wire
+
+
+def test_a_slow_reader_of_a_hit_is_waited_for(tmp_path: Path) -> None:
+    async def run() -> None:
+        house = House(tmp_path)
+        call, wire = slow_hit(house)
+        timer = call.reply.source._timer  # type: ignore[union-attr]
+        steps = 1
+        while wire.outcome is None:
+            assert len(wire.pieces) == steps and not timer.cancelled()
+            call.reply.resume()
+            steps += 1
+        assert steps == len(wire.pieces) > 5 and wire.body == b"".join(house.pieces or []) and wire.outcome == FINISHED
+        assert timer.cancelled()
+        call, wire = slow_hit(house)
+        call.reply.close(CLIENT_LEFT)
+        assert len(wire.pieces) == 1
+
+    asyncio.run(run())
+
+
+def test_a_reader_of_a_hit_that_never_reads_is_waited_for_until_its_deadline(tmp_path: Path) -> None:
+    async def run() -> None:
+        call, wire = slow_hit(House(tmp_path, request_timeout=0.05))
+        await asyncio.sleep(0.01)
+        assert wire.outcome is None
+        await asyncio.wait_for(wire.done(), 5)
+        assert wire.outcome == DEADLINE and isinstance(call.reply.error, DeadlineExceeded) and len(wire.pieces) == 2
+        house = House(tmp_path)
+        _, wire = slow_hit(house)  # a plan's own timeout counts, and from the request's first byte
+        call, wire = house.call(temperature=0, stream=True)
+        call.plan = Plan(name="m", groups=(), revision="1", timeout=5.0)
+        call.began = perf_counter_ns() - 5_000_000_000
+        call.reply.tap(lambda data: call.reply.pause())
+        house.run(call)
+        await asyncio.wait_for(wire.done(), 1)
+        assert call.cache == "hit" and wire.outcome == DEADLINE and b"5 seconds" in wire.body
+
+    asyncio.run(run())
 
 
 # in flight -----------------------------------------------------------------------------------------------------------
@@ -700,3 +741,18 @@ def test_identical_calls_that_waited_for_the_disk_share_one(tmp_path: Path) -> N
         house.cache.close()
 
     asyncio.run(run())
+
+
+def test_a_reload_without_the_disk_does_not_wait_for_it(tmp_path: Path) -> None:
+    house = House(tmp_path, cache_disk=1)
+    written = threading.Event()
+    answers = house.cache._answers
+    assert answers is not None
+    answers._thread.submit(written.wait)
+    house.ask(temperature=0, wishes=Wishes(cache_control="no-cache"))
+    before = time.monotonic()
+    house.cache.reload(Settings())  # the writing thread is busy for as long as we like
+    assert time.monotonic() - before < 1 and house.cache._answers is None and not written.is_set()
+    written.set()
+    house.cache.close()  # but the end waits until everything is written
+    assert len(answers) == 1 and answers._database is None

@@ -279,3 +279,44 @@ async def test_a_preset_stays_applied_once() -> None:
     call, wire = await it.ask("poet", stream=True)
     assert wire.outcome == FINISHED and call.model == "poet"
     assert [message["role"] for message in two.bodies[0]["messages"]] == ["system", "user", "assistant"]
+
+
+def tells(*pieces: bytes, usage: dict[str, Any], then: EngineFailed | None = None) -> Step:
+    """Pieces, then the usage as the upstream's engine has it: noted, and passed on."""
+
+    def step(call: Any) -> None:
+        for piece in pieces:
+            call.reply.push(piece)
+        call.reply.usage = Usage(usage["prompt_tokens"], usage["completion_tokens"], 1, 2)
+        call.reply.push(chunk("2", usage=usage, choices=False))
+        streams(then=then)(call)
+
+    return step
+
+
+@pytest.mark.parametrize("then", [None, CUT])
+def test_what_is_accounted_is_what_the_client_is_told(then: EngineFailed | None) -> None:
+    """Whether or not the second one breaks off as well once it has said its usage."""
+
+    async def run() -> None:
+        details = {"prompt_tokens_details": {"cached_tokens": 1}, "completion_tokens_details": {"reasoning_tokens": 2}}
+        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10, **details}
+        rest = (chunk("2", content="a time"), chunk("2", finish="stop"))
+        it = house(Far("a", first()), Far("b", tells(*rest, usage=usage, then=then)))
+        call, wire = await it.ask(stream=True, stream_options={"include_usage": True})
+        told = list(said(wire))[-1]["usage"]
+        assert (told["prompt_tokens"], told["completion_tokens"], told["total_tokens"]) == (7, 5, 12)
+        assert wire.outcome == FINISHED and call.reply.usage == Usage(7, 5, 1, 2)
+
+    asyncio.run(run())
+
+
+@runs
+async def test_usage_that_was_told_before_another_went_on_is_not_the_last_word() -> None:
+    early = tells(chunk("2", content="a "), usage={"prompt_tokens": 7, "completion_tokens": 1}, then=CUT)
+    last = tells(chunk("3", content="time"), usage={"prompt_tokens": 8, "completion_tokens": 1})
+    it = house(Far("a", first()), Far("b", early), Far("c", last))
+    call, wire = await it.ask(stream=True, stream_options={"include_usage": True})
+    told = list(said(wire))[-1]["usage"]
+    assert (told["prompt_tokens"], told["completion_tokens"]) == (8, 4)
+    assert call.attempts == 3 and call.reply.usage == Usage(8, 4)

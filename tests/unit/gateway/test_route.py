@@ -19,6 +19,7 @@ from tertulia.errors import (
     UpstreamRefused,
 )
 from tertulia.gateway.breaker import CLOSED, OPEN
+from tertulia.gateway.line import LOW
 from unit.gateway.scripted import Far, House, Near, fails, hangs, later, says, streams
 
 ONE = b'data: {"id":"a","choices":[{"index":0,"delta":{"content":"one"}}]}\n\n'
@@ -82,7 +83,7 @@ async def test_the_deadline_wins_and_is_not_retried() -> None:
     assert time.monotonic() - began < 0.3
     assert (wire.status, wire.outcome, wire.error["code"]) == (504, DEADLINE, "deadline_exceeded")
     assert len(engine.calls) == 1 and engine.closed == [DEADLINE]
-    assert house.live("a/m").breaker.failures == 0 and house.live("a/m").counts == {DEADLINE: 1}
+    assert house.live("a/m").breaker.failures == 1 and house.live("a/m").counts == {DEADLINE: 1}
     no_calls_left(house)
 
 
@@ -316,6 +317,121 @@ async def test_too_long_a_rest_is_not_waited_for_where_another_can_answer() -> N
     assert house.live("a/m").breaker.failures == 0 and house.live("a/m").counts == {"busy": 1}
 
 
+# Silence ----------------------------------------------------------------------------------------------------------
+
+
+def hurried(house: House) -> Any:
+    """The limit of the first attempts under way."""
+    return next(iter(house.route._hurries.values()))
+
+
+@runs
+async def test_who_is_silent_for_half_the_time_gives_way_to_the_fallback() -> None:
+    engine, local = Far("a", hangs), Near()
+    route = {"targets": [{"model": "m"}], "fallback": ["local"], "timeout": 0.8}
+    house = House(engine, local, routes={"r": route}, retries=5)
+    began = time.monotonic()
+    _, wire = await house.ask("r")
+    assert (wire.status, wire.body) == (200, b"local") and 0.3 < time.monotonic() - began < 0.75
+    assert wire.headers["x-tertulia-attempts"] == "2" and wire.headers["x-tertulia-fallback"] == "r"
+    assert engine.closed == [FAILED] and len(engine.calls) == 1  # it has had its share, and is not asked again
+    assert house.live("a/m").breaker.failures == 1 and house.live("a/m").counts == {FAILED: 1}
+    no_calls_left(house)
+    assert not len(hurried(house))
+
+
+@runs
+async def test_whose_breaker_opens_by_silence_is_not_asked_any_more() -> None:
+    engine = Far("a", hangs)
+    house = House(engine, Near(), fallback=["local"], request_timeout=100, breaker_failures=2)
+    for _ in range(3):
+        call, wire = house.call()
+        house.send(call)
+        for trip in list(hurried(house)._entries):  # as if half of 100 s had passed
+            house.route.cut(trip)
+        await asyncio.wait_for(wire.done(), 5)
+        assert wire.body == b"local"
+    assert len(engine.calls) == 2 and house.live("a/m").breaker.state == OPEN
+    assert hurried(house).seconds == 50
+
+
+@runs
+async def test_each_who_is_asked_has_half_of_what_is_left_and_the_last_one_all_of_it() -> None:
+    engines = [Far(name, hangs, models=[f"m{name}"]) for name in "abc"]
+    route = {"targets": [{"model": "ma"}], "fallback": ["mb", "mc"], "timeout": 0.8}
+    house = House(*engines, routes={"r": route})
+    at: list[float] = []
+    for engine in engines:
+        engine.answer = lambda call, real=engine.answer: (at.append(time.monotonic()), real(call))[1]  # type: ignore[method-assign]
+    began = time.monotonic()
+    _, wire = await house.ask("r")
+    assert wire.outcome == DEADLINE and time.monotonic() - began == pytest.approx(0.8, abs=0.1)
+    assert [one - began for one in at] == pytest.approx([0.0, 0.4, 0.6], abs=0.1)
+    assert [house.live(f"{name}/m{name}").breaker.failures for name in "abc"] == [1, 1, 1]
+    no_calls_left(house)
+
+
+@runs
+async def test_who_has_begun_or_stands_alone_is_not_hurried() -> None:
+    def begins(call: Call) -> None:
+        call.reply.push(ONE)
+
+    house = House(Far("a", begins), Near(), fallback=["local"])
+    call, wire = house.call(stream=True)
+    house.send(call)
+    house.route.cut(next(iter(hurried(house)._entries)))
+    assert wire.outcome is None and house.live("a/m").in_flight == 1
+    call.reply.close(CLIENT_LEFT)
+    assert not len(hurried(house)) and house.live("a/m").breaker.failures == 0
+    for engines in ([Far("a", hangs)], [Near(hangs, models=["m"]), Far("b", models=["n"])]):
+        house = House(*engines, fallback=["n"] if len(engines) > 1 else [])
+        call, _ = house.call()
+        house.send(call)
+        assert not house.route._hurries  # nobody else, or an engine of this machine
+        call.reply.close(CLIENT_LEFT)
+
+
+@runs
+async def test_where_the_others_are_broken_who_is_silent_is_waited_for() -> None:
+    house = House(Far("a", hangs), Far("b", hangs), breaker_failures=1)
+    house.route.random = lambda: 0.0
+    second = house.names.plan("m").groups[0][1].target
+    house.route.targets.of(second).leave(FAILED, False)
+    call, wire = house.call()
+    house.send(call)
+    house.route.cut(next(iter(hurried(house)._entries)))
+    assert wire.outcome is None and house.live("a/m").in_flight == 1
+    call.reply.close(CLIENT_LEFT)
+
+
+@runs
+async def test_a_call_that_came_late_is_hurried_by_what_it_has_left() -> None:
+    house = House(Far("a", hangs), Near(), fallback=["local"], request_timeout=2.0)
+    call, wire = house.call()
+    call.began -= 1_600_000_000
+    began = time.monotonic()
+    house.send(call)
+    await asyncio.wait_for(wire.done(), 5)
+    assert wire.body == b"local" and time.monotonic() - began == pytest.approx(0.2, abs=0.1)
+
+
+@runs
+async def test_a_deadline_that_left_a_target_no_time_proves_nothing() -> None:
+    house = House(Far("a", hangs), request_timeout=10.0)
+    call, wire = house.call()
+    call.began -= 9_950_000_000
+    house.send(call)
+    await asyncio.wait_for(wire.done(), 5)
+    assert wire.outcome == DEADLINE and house.live("a/m").breaker.failures == 0
+
+
+@runs
+async def test_no_line_break_of_a_models_name_gets_into_a_header() -> None:
+    house = House(Far("a", models=["m", "x\r\ny: z\x00"]))
+    live = house.route.targets.of(house.names.plan("x\r\ny: z\x00").first)
+    assert live.header == b"x-tertulia-model: xy: z\r\n"
+
+
 # Breaker ----------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +464,34 @@ async def test_one_probe_at_its_first_byte_closes_it_again() -> None:
     assert (await house.ask())[1].body == b"x"
     call.reply.close(CLIENT_LEFT)
     no_calls_left(house)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (EngineFailed(), "engine_failed"),
+        (EngineFailed(code="sk-1 and\na prompt"), "it failed"),
+        (TertuliaError(), "500"),
+    ],
+)
+def test_a_breaker_that_opens_or_closes_is_said_once(
+    error: TertuliaError, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        house = House(
+            Far("a", fails(error), fails(error), fails(error), says(b"x"), says(b"x")),
+            retries=0, breaker_failures=2, breaker_cooldown=0.03,
+        )  # fmt: skip
+        for pause in (0.0, 0.0, 0.0, 0.04, 0.07, 0.0):
+            await asyncio.sleep(pause)
+            await house.ask()
+
+    asyncio.run(run())
+    assert [record.getMessage() for record in caplog.records if record.name == "tertulia.gateway"] == [
+        f"target a/m is left alone for 0.03 s: {why}",
+        f"target a/m is left alone for 0.06 s: {why}",  # the probe failed too
+        "target a/m answers again",
+    ]
 
 
 @runs
@@ -471,6 +615,19 @@ async def test_the_line_is_bounded_and_says_how_long_it_is() -> None:
 
 
 @runs
+async def test_how_long_to_wait_is_estimated_while_no_call_has_ended() -> None:
+    house = House(Far("a", hangs), upstreams=LIMIT, queue_size=0)
+    now = house.route.time()
+    house.route.time = lambda: now
+    first, _ = house.call()
+    house.send(first)
+    assert (await house.ask())[1].headers["retry-after-ms"] == "1000"  # nothing is known
+    now += 7.0
+    assert (await house.ask())[1].headers["retry-after-ms"] == "7000"  # the one in flight takes that long at least
+    first.reply.close(CLIENT_LEFT)
+
+
+@runs
 async def test_who_waits_too_long_is_refused() -> None:
     house = House(Far("a", hangs), upstreams=LIMIT, queue_timeout=0.05)
     first, _ = house.call()
@@ -522,11 +679,14 @@ async def test_priorities_and_projects() -> None:
     asked: list[dict[str, Any]] = [
         {"project": "a", "key": "0"}, {"project": "a", "key": "1"}, {"project": "a", "key": "2"},
         {"project": "b", "key": "3"}, {"project": "c", "key": "bulk", "service_tier": "priority"},
-        {"project": "c", "key": "vip", "service_tier": "flex"}, {"project": "d", "key": "4", "service_tier": "flex"},
+        {"project": "c", "key": "vip"}, {"project": "d", "key": "4", "service_tier": "flex"},
         {"project": "d", "key": "5", "service_tier": "priority"},
     ]  # fmt: skip
     await asyncio.gather(*(house.ask(**one) for one in asked))
-    assert order == ["a0", "cvip", "d5", "a1", "b3", "a2", "cbulk", "d4"]
+    assert order == ["a0", "cvip", "a1", "b3", "d5", "a2", "cbulk", "d4"]  # nobody goes first by asking for it
+    call, _ = house.call(key="vip", service_tier="flex")
+    call.task.check(call)
+    assert house.route.level(call) == LOW  # who asks for less gets it
 
 
 @runs

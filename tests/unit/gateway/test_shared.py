@@ -7,6 +7,7 @@ import asyncio
 import gc
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
+from time import perf_counter_ns
 from typing import Any
 
 import pytest
@@ -197,16 +198,19 @@ def test_the_shared_call_ends_at_every_piece(stream: bool, error: Any, outcome: 
     else:
         sky.stage.reply.close(error or FAILED)
     for caller in callers:
-        wire, reply = caller.wire, caller.call.reply
+        wire, reply, said = caller.wire, caller.call.reply, error
         assert [one for one, _, _ in caller.told] == [outcome]
+        if isinstance(error, DeadlineExceeded) and caller is not sky.leader:  # it was not its own time that ran out
+            said = reply.error
+            assert "had begun before it" in said.message and error.message in said.message and said.retry is True
         if not isinstance(error, Exception):
             assert reply.error is None and wire.body == b"".join(pieces[:at])
         elif at and stream:
-            assert wire.status == 200 and wire.body == b"".join(pieces[:at]) + error.event()  # type: ignore[attr-defined]
+            assert wire.status == 200 and wire.body == b"".join(pieces[:at]) + said.event()  # type: ignore[attr-defined]
         else:
-            assert wire.status == error.status and wire.body == error.body()  # type: ignore[attr-defined]
+            assert wire.status == error.status and wire.body == said.body()  # type: ignore[attr-defined]
             assert wire.head.count(b"retry-after:") == (1 if isinstance(error, RateLimited) else 0)
-            assert wire.head.count(b"x-should-retry") == (0 if isinstance(error, DeadlineExceeded) else 1)
+            assert wire.head.count(b"x-should-retry") == (0 if said.retry is None else 1)
             assert wire.head.count(b"x-tertulia-model") == 1
     assert sum(caller.pays for caller in callers) == 1
     sky.nothing_left()
@@ -479,3 +483,52 @@ def test_the_server_stops() -> None:
         lingering.nothing_left()
 
     run(test)
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_who_is_behind_when_the_shared_call_has_ended_has_its_own_deadline(leads: bool) -> None:
+    async def go() -> None:
+        sky = Sky()
+        sky.flights.seconds = 0.1
+        slow, other = (sky.leader, sky.joiner()) if leads else (sky.joiner(), sky.leader)
+        slow.call.reply.pause()
+        for piece in PIECES:
+            sky.stage.reply.push(piece)
+        sky.stage.reply.close()
+        assert other.wire.outcome == FINISHED and slow.wire.outcome is None
+        await asyncio.sleep(0.02)
+        assert slow.wire.outcome is None
+        await asyncio.wait_for(slow.wire.done(), 5)
+        assert slow.wire.outcome == DEADLINE and [one for one, _, _ in slow.told] == [DEADLINE]
+        sky.nothing_left()
+
+    run(go)
+
+
+def test_who_is_behind_and_catches_up_has_no_timer_left() -> None:
+    async def go() -> None:
+        sky = Sky()
+        sky.flights.seconds = 5.0
+        sky.leader.call.reply.pause()
+        sky.stage.reply.push(PIECES[0])
+        sky.stage.reply.close()
+        listener = sky.leader.call.reply.source
+        timer = listener.timer  # type: ignore[union-attr]
+        sky.leader.call.reply.resume()
+        assert sky.leader.wire.outcome == FINISHED and timer.cancelled() and listener.timer is None  # type: ignore[union-attr]
+
+    run(go)
+
+
+def test_who_is_behind_when_its_time_is_over_already_ends_at_once() -> None:
+    async def go() -> None:
+        sky = Sky()
+        sky.flights.seconds = 60.0
+        sky.leader.call.began = perf_counter_ns() - 60_000_000_000
+        sky.leader.call.reply.pause()
+        sky.stage.reply.push(PIECES[0])
+        sky.stage.reply.fail(DeadlineExceeded())
+        await asyncio.wait_for(sky.leader.wire.done(), 1)
+        assert sky.leader.wire.outcome == DEADLINE
+
+    run(go)

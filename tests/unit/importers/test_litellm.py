@@ -239,6 +239,7 @@ def test_servers_of_ones_own() -> None:
     other = tables["upstreams"]["openai-qwen-example-org"]
     assert other["base_url"] == "https://qwen.example.org/v1" and other["headers"] == {"X-Team": "research"}
     assert tables["routes"]["qwen"]["fallback"] == ["llama-base"] and tables["cache"] == "off"
+    assert "litellm_settings.fallbacks of qwen: llama stands in as llama-base, without its parameters" in notes
     assert [target["weight"] for target in tables["routes"]["qwen"]["targets"]] == [2, 1]
     assert "model_list[2] (qwen): its address was in QWEN_BASE; base_url holds what it is now" in notes
     tables, notes = made(LOCAL)
@@ -253,6 +254,23 @@ def test_patterns() -> None:
     assert (upstreams["groq"]["discover"], upstreams["groq"]["prefix"]) == (True, "groq/")
     assert tables["aliases"] == {"gpt-3*": "openai/gpt-4o-mini"}
     assert any(note.startswith("model_list[3] (x-*-y)") for note in notes)
+    no_wildcard = "discover = true is no wildcard: the models that"
+    assert f"model_list[0] (*): {no_wildcard} openrouter lists are served, any other name is a 404" in notes
+    assert f"model_list[1] (groq/*): {no_wildcard} groq lists are served as groq/NAME, any other name is a 404" in notes
+
+
+@pytest.mark.parametrize(("strategy", "said"), [("latency-based-routing", True), ("least-busy", False), ("", False)])
+def test_weights_that_count_for_nothing_are_said(strategy: str, said: bool) -> None:
+    text = f"""
+    model_list:
+      - {{model_name: m, litellm_params: {{model: openai/x, weight: 3}}}}
+      - {{model_name: m, litellm_params: {{model: groq/x, weight: 1}}}}
+      - {{model_name: alone, litellm_params: {{model: groq/y, weight: 1}}}}
+    {"router_settings: {routing_strategy: " + strategy + "}" if strategy else ""}
+    """
+    _, notes = made(text)
+    weight = [note for note in notes if "weight of its deployments" in note]
+    assert weight == ["m: the weight of its deployments counts for nothing where the fastest is chosen"] * said
 
 
 def test_a_name_that_looks_like_a_target_of_ours_stays_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +318,7 @@ def test_what_is_odd_in_a_deployment_is_said(
     [
         ("a: [", r"^c.yaml: not valid YAML \(line \d\)$"),
         ("just text", "^c.yaml: this is no configuration of a LiteLLM proxy"),
+        ("model_list:", "^c.yaml: this is no configuration of a LiteLLM proxy: it has no model_list$"),
         ("other: 1", "^c.yaml: this is no configuration of a LiteLLM proxy"),
         ("!!python/object/apply:os.system ['true']", "^c.yaml: not valid YAML"),
     ],
