@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 COUNTER, GAUGE = "counter", "gauge"
-Sample = tuple[Mapping[str, str], float]
+Sample = tuple[Mapping[str, str], Any]  # labels, and an int, a float or a bool
 # Upper bounds in seconds: of what a caller waits for, and of the pauses inside an answer.
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 PAUSES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
@@ -77,7 +78,7 @@ def escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-def _number(value: float) -> str:
+def _number(value: Any) -> str:  # Any: compiled code would make a float of an int that is called one
     if isinstance(value, int):  # counters stay exact, however large; True is 1
         return str(int(value))
     if value != value or value in (float("inf"), float("-inf")):

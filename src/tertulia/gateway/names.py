@@ -53,6 +53,11 @@ OPENAI_NAMES: tuple[tuple[str, str], ...] = (
 )
 # Two spellings of one parameter: a preset's gives way to the caller's, whichever each of them used.
 SAME = {"max_tokens": ("max_completion_tokens",), "max_completion_tokens": ("max_tokens",)}
+# Everything there is of Names. Where it is compiled there is no __dict__ to take it from.
+KNOWS = (
+    "_all", "_cards", "_checked", "_context_length", "_engines", "_exact", "_fallback", "_known", "_local", "_offered",
+    "_on_break", "_patterns", "_presets", "_retries", "_routes", "_said", "_started", "_upstreams",
+)  # fmt: skip
 KNOWN_LIMIT = 4096  # distinct names kept resolved; callers choose names, so there must be a bound
 
 
@@ -114,7 +119,8 @@ class Names:
 
     def replace(self, other: Names) -> None:
         """From now on names mean what they mean to other; calls under way keep their plans."""
-        self.__dict__.update(other.__dict__)
+        for name in KNOWS:
+            setattr(self, name, getattr(other, name))
 
     def _offer(self) -> None:
         """Has upstreams offer what routes name by the upstream's own names."""

@@ -17,7 +17,7 @@ from tertulia.core import NOBODY, Call, ModelCard, Plan, Preset, Reply, Task
 from tertulia.engines.base import Collector
 from tertulia.engines.upstream import Upstream
 from tertulia.errors import BadRequest, ContextLengthExceeded, ModelNotFound, SettingsError
-from tertulia.gateway.names import KNOWN_LIMIT, Names, engine_name
+from tertulia.gateway.names import KNOWN_LIMIT, KNOWS, Names, engine_name
 
 DEFAULTS = {"chat": "small", "embedding": "vectors"}
 
@@ -538,3 +538,7 @@ def test_names_are_replaced_under_way() -> None:
     call = Call("req_1", NOBODY, chat.task(resolve), b"", Reply(Collector()), 0)
     resolve(call, "gpt-4o")
     assert call.target is not None and call.target.model == "large" and old.groups[0][0].target.model == "small"
+
+
+def test_names_that_take_others_place_leave_nothing_behind() -> None:
+    assert sorted(vars(names())) == sorted(KNOWS)
