@@ -14,7 +14,7 @@ serve: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
-test-compiled: $(COMPILED)/done  ## servers as a released wheel has them, under the tests that talk to servers
+test-compiled: $(COMPILED)/done  ## the compiled package under the tests that talk to servers
 	TERTULIA_TEST_PACKAGE=$(CURDIR)/$(COMPILED) $(BIN)/python -m pytest tests/wire/test_repeated.py tests/wire/test_pipelined.py tests/wire/test_refusals.py \
 	  tests/wire/test_upstream.py tests/wire/test_cache.py tests/wire/test_reload.py tests/faults/test_matrix.py \
 	  tests/faults/test_endings.py tests/faults/test_server.py $(ARGS)
@@ -28,7 +28,7 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python bench/local.py
 
-compiled: $(COMPILED)/done  ## the package with its hot path compiled, as a released wheel has it; needs gcc and Python.h
+compiled: $(COMPILED)/done  ## the package with its hot path compiled; needs gcc and Python.h
 
 $(COMPILED)/done: $(VENV)/installed-dev setup.py $(SOURCES)
 	@echo "compiling the hot path: about half a minute" >&2

@@ -1,5 +1,5 @@
 """Only what pyproject.toml cannot say: the modules that every piece of every answer passes can be compiled by mypyc,
-which makes a call cost about a third less CPU. TERTULIA_COMPILE=1 compiles them; anything else builds pure Python.
+which makes a call cost about a quarter less CPU. TERTULIA_COMPILE=1 compiles them; anything else builds pure Python.
 
 The source is the same and runs either way; what is compiled is typed strictly and holds no msgspec structs, whose
 annotations do not survive it. `make compiled` builds into build/compiled, beside the source and not over it.

@@ -21,6 +21,7 @@ FAILED: Final = "failed"
 CLIENT_LEFT: Final = "client_left"
 DEADLINE: Final = "deadline"
 STOPPED: Final = "stopped"
+BYTES_PER_TOKEN: Final = 4  # of a prompt that nobody has counted
 
 
 class Wishes(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from .call import (  # the two nouns that do something, in a module of their own
+    BYTES_PER_TOKEN,
     CLIENT_LEFT,
     DEADLINE,
     FAILED,
@@ -28,6 +29,7 @@ from .call import (  # the two nouns that do something, in a module of their own
 )
 
 __all__ = [
+    "BYTES_PER_TOKEN",
     "CLIENT_LEFT", "DEADLINE", "FAILED", "FINISHED", "NOBODY", "NO_WISHES", "STOPPED", "Call", "Leg", "ModelCard",
     "Next", "Plan", "Preset", "Principal", "Reply", "Sink", "Source", "Stage", "Target", "Task", "Usage", "Wishes",
     "retry_headers",

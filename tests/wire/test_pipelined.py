@@ -129,3 +129,23 @@ def test_requests_follow_each_other(impatient: Served) -> None:
         line.send(request(impatient, f"number {at}"))
     assert words(line.answer()[2]) == "one two three four five"
     assert [said(line.answer()) for _ in range(5)] == [f"number {at}" for at in range(5)]
+
+
+def test_a_stray_line_break_does_not_hide_that_the_client_leaves(impatient: Served) -> None:
+    line = Line(impatient)
+    line.send(slow(impatient, 6.0))
+    time.sleep(0.3)
+    line.send(b"\r\n")  # some clients send one after a body
+    assert in_flight(impatient) == 1
+    line.socket.close()
+    time.sleep(0.5)
+    assert in_flight(impatient) == 0
+
+
+def test_a_body_over_the_limit_behind_a_known_head_is_refused(impatient: Served) -> None:
+    line = Line(impatient)
+    for _ in range(3):
+        line.send(request(impatient, "short"))
+        assert said(line.answer()) == "short"
+    line.send(request(impatient, "x" * (2**20 + 10_000)))
+    assert line.answer()[0] == 413

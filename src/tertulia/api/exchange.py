@@ -233,33 +233,35 @@ class Exchange:
             STATUS_LINE[self._status], standard_headers(self.id, self.who, self.began), b"".join(self._lines), ending,
         )  # fmt: skip
 
-    def whole(self, headers: Sequence[bytes], data: bytes) -> None:
+    def _is_last(self) -> bool:
+        """The answer ends: True if that has not been said before, and somebody is there to be told."""
         if self.response_complete:
-            return
+            return False
         self.response_complete = True
         self.reply.sink = NOWHERE  # a circle of the two would wait for the collector
+        return not (self.disconnected or self.protocol.transport.is_closing())
+
+    def whole(self, headers: Sequence[bytes], data: bytes) -> None:
+        if not self._is_last():
+            return
         protocol = self.protocol
         transport = protocol.transport
-        if self.disconnected or transport.is_closing():
-            return
         self._status, self._lines, self._answer = 200, headers, data
         transport.write(self._whole())
         if not self.keep_alive:
             transport.close()
-        elif protocol.phase == ANSWERING and not (protocol.heading or protocol.pipeline or protocol.flow.read_paused):
+        elif protocol.phase == ANSWERING and not (
+            protocol.heading or protocol.later or protocol.pipeline or protocol.flow.read_paused
+        ):
             protocol.phase, protocol.since = IDLE, monotonic()  # as on_response_complete would do
             return
         protocol.on_response_complete()
 
     def end(self, outcome: str) -> None:
-        if self.response_complete:
+        if not self._is_last():
             return
-        self.response_complete = True
-        self.reply.sink = NOWHERE  # a circle of the two would wait for the collector
         protocol = self.protocol
         transport = protocol.transport
-        if self.disconnected or transport.is_closing():
-            return
         stream = self.reply.stream
         if outcome != FINISHED:
             cut = outcome == STOPPED or (outcome == FAILED and self.reply.error is None)
@@ -298,9 +300,9 @@ def take_repeated(protocol: Any, known: Repeated, data: bytes) -> bool:
     if not length.isdigit():
         return False
     at = end + known.suffix_size
-    missing = int(length) - len(data) + at
-    front = protocol.front
-    if missing < 0 or missing > front.max_body:
+    size, front = int(length), protocol.front
+    missing = size - len(data) + at
+    if missing < 0 or size > front.max_body:
         return False
     exchange = Exchange(protocol, known.head, perf_counter_ns())
     exchange.current = True

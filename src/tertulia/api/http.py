@@ -1,5 +1,5 @@
 """HTTP/1.1 on the hot paths, inside uvicorn's protocol: bytes in, a Call; a Reply, bytes out. No ASGI cycle is built
-for a hot path; every other path is uvicorn's own business, and so are keep-alive, upgrades and shutdown.
+for a hot path; every other path is uvicorn's own business, and so are keep-alive and shutdown.
 
 It knows the paths that are hot and the edge's rules; it knows nothing of what a body says.
 """
@@ -62,12 +62,11 @@ class Front:
 
     def sweep(self) -> None:
         """Closes connections that are silent for too long: while sending a request, or idle between two."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = monotonic()
         for connection in list(self.connections):
             connection.check_silence(now)
         self._look_for_crowds(now)
-        self._sweeper = loop.call_later(SWEEP_SECONDS, self.sweep)
+        self._sweeper = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self.sweep)
 
     def _look_for_crowds(self, now: float) -> None:
         here = len(self.connections)
@@ -114,6 +113,7 @@ class Protocol(HttpToolsProtocol):
         self.filling: list[bytes] | None = None  # pieces of the body of a repeated head
         self.missing = 0  # bytes of it still to come
         self.later: list[bytes] = []  # what came while an answer was under way: read when that has ended
+        self.waiting = 0  # bytes of it
         self.heading = True  # the head of a message has begun, and not ended
         self.closing = 0.0  # when it was seen that the transport has been told to close
 
@@ -167,7 +167,9 @@ class Protocol(HttpToolsProtocol):
             self.raw = data[: found + 4] if found > 0 else None
         elif self.phase == ANSWERING:  # whatever it is, its turn comes when this answer has ended
             self.later.append(data)
-            self.flow.pause_reading()
+            self.waiting += len(data)
+            if self.waiting > HEAD_LIMIT:  # not before: who reads nothing does not see the client leave
+                self.flow.pause_reading()
             return
         elif self.phase == LEAVING:
             self.unread += len(data)
@@ -322,6 +324,7 @@ class Protocol(HttpToolsProtocol):
         if self.later and self.phase != ANSWERING and not self.transport.is_closing():
             data = b"".join(self.later)
             self.later.clear()
+            self.waiting = 0
             self.data_received(data)
         if self.flow.read_paused and not self.later and not self.pipeline:
             self.flow.resume_reading()

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from ..core import FINISHED, Call, Usage
+from ..core import BYTES_PER_TOKEN, FINISHED, Call, Usage
 from ..errors import BadUpstreamAnswer, EngineFailed, TertuliaError, UpstreamTimeout
 from . import sse
 from .answers import (
@@ -38,7 +38,6 @@ from .connection import BODY_LIMIT, Connection, Pool, Stale
 from .timeouts import Timeouts
 
 DONE = b"data: [DONE]\n\n"
-BYTES_A_TOKEN = 4  # for the estimate of a prompt whose usage never came
 
 
 class Limits(Protocol):
@@ -404,7 +403,7 @@ class Stream(Attempt):
 
     def account(self) -> None:
         if self.events and not self.known:
-            self.reply.usage = Usage(self.prompt // BYTES_A_TOKEN, self.events, estimated=True)
+            self.reply.usage = Usage(self.prompt // BYTES_PER_TOKEN, self.events, estimated=True)
 
     def _release(self) -> None:
         super()._release()

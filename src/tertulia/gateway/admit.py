@@ -9,10 +9,9 @@ from collections.abc import Awaitable, Mapping
 
 from ..accounts.limits import Allowance
 from ..accounts.prices import Prices
-from ..core import Call, Next
+from ..core import BYTES_PER_TOKEN, Call, Next
 from ..errors import TertuliaError
 
-BYTES_PER_TOKEN = 4  # how a prompt is estimated before its engine has counted it
 DEFAULT_OUTPUT = 1024  # tokens reserved for an answer without a given maximum
 
 
@@ -44,7 +43,7 @@ class Admit:
             allowance = who.state = self._allowance(who.organization, who.project, now)
         tokens, output = len(call.body) // BYTES_PER_TOKEN, 0
         if call.task.name != "embedding":
-            output = _maximum(asked) or DEFAULT_OUTPUT
+            output = _maximum(asked)
             longest = target.card.context_length  # no answer is longer, whatever maximum was asked for
             if longest is not None and output > longest:
                 output = longest
@@ -86,6 +85,8 @@ class Admit:
         return allowance
 
 
-def _maximum(asked: object) -> int | None:
+def _maximum(asked: object) -> int:
     maximum: int | None = asked.max_tokens  # type: ignore[attr-defined]
-    return maximum if maximum is not None else getattr(asked, "max_completion_tokens", None)
+    if maximum is None:
+        maximum = getattr(asked, "max_completion_tokens", None)  # a completion has none
+    return DEFAULT_OUTPUT if maximum is None else maximum

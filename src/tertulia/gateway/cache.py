@@ -26,7 +26,8 @@ from ..errors import TertuliaError
 from ..store.answers import Answer, Answers
 from .canonical import Keys, has_error
 from .metrics import COUNTER, GAUGE, family
-from .shared import KEPT, PORTION, Flight, Flights, failed, limited
+from .pipeline import typed
+from .shared import KEPT, PORTION, Flight, Flights, limited
 
 MEGABYTE = 1_000_000
 LARGEST = 8  # an answer may take up to this part of the memory there is
@@ -348,7 +349,7 @@ class Replay:
         try:
             self.run()
         except Exception as error:  # from the socket's callback: what the pipeline would do with it
-            failed(self._call, error)
+            self._call.reply.fail(typed(self._call, error))
 
 
 def whole(pieces: list[bytes], stream: bool) -> bool:

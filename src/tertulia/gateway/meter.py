@@ -9,15 +9,12 @@ from collections.abc import Awaitable, Callable
 
 from ..accounts.entry import Entry, line_of
 from ..accounts.ledger import Ledger
-from ..core import Call, Next, Usage
+from ..core import BYTES_PER_TOKEN, Call, Next, Usage
 from .accesslog import AccessLog
 from .metrics import COUNTER, GAUGE, PAUSES, Histogram, family, histogram
 from .traces import Traces
 
-BYTES_PER_TOKEN = 4  # how a prompt is estimated that its engine has not counted
 NOTHING = Usage()
-
-
 _now = time.perf_counter_ns
 
 

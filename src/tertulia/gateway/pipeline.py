@@ -63,7 +63,7 @@ class Pipeline:
         try:
             rest = self._answer(call)
         except Exception as error:  # typed or a defect of ours: either way it ends in the reply
-            self._failed(call, error)
+            call.reply.fail(typed(call, error))
             return None
         return None if rest is None else self._wait(call, rest)
 
@@ -71,11 +71,13 @@ class Pipeline:
         try:
             await rest
         except Exception as error:  # as above
-            self._failed(call, error)
+            call.reply.fail(typed(call, error))
 
-    def _failed(self, call: Call, error: Exception) -> None:
-        if not isinstance(error, TertuliaError):
-            # A defect of ours: the caller gets a typed 500, the log gets where, and the server goes on.
-            log.error("%s: unexpected error", call.id, exc_info=error)
-            error = TertuliaError()
-        call.reply.fail(error)
+
+def typed(call: Call, error: Exception) -> TertuliaError:
+    """The error itself, if it is typed. Else it is a defect of ours: the caller gets a typed 500, the log gets where,
+    and the server goes on."""
+    if isinstance(error, TertuliaError):
+        return error
+    log.error("%s: unexpected error", call.id, exc_info=error)
+    return TertuliaError()

@@ -11,25 +11,22 @@ It knows nothing of HTTP, of keys, or of what an answer holds; how a stream is c
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from random import random as chance
 from time import perf_counter_ns
 
 from ..config import Settings
-from ..core import DEADLINE, FINISHED, Call, Leg, Next, Plan, Target
+from ..core import BYTES_PER_TOKEN, DEADLINE, FINISHED, Call, Leg, Next, Plan, Target
 from ..engines.timeouts import GRAIN, Timeouts
 from ..errors import DeadlineExceeded, Overloaded, QuotaExceeded, RateLimited, TertuliaError, UpstreamTimeout
 from .backoff import BUSY, PATIENCE_SECONDS, REFUSED, delay, judge
 from .line import HIGH, LOW, NORMAL, Ticket
 from .metrics import COUNTER, GAUGE, Histogram, family, histogram
 from .names import Names
+from .pipeline import typed
 from .resume import Resume
 from .targets import BROKEN, READY, WAITS, Live, Targets
 
-log = logging.getLogger("tertulia.gateway")
-
-BYTES_PER_TOKEN = 4  # how a prompt is estimated for an upstream's limit before it is counted
 LATE = 500_000_000  # nanoseconds a call may have had already for its time to be counted from here
 SHORT_PAUSE = 1.0  # seconds that are waited for a target although another group could answer at once
 LEVELS = {"high": HIGH, "normal": NORMAL, "low": LOW}
@@ -294,11 +291,9 @@ class Trip:
     def raised(self, error: Exception, number: int) -> None:
         """An engine raised instead of telling the reply; what an attempt says that is over already does not count."""
         call = self.call
-        if not isinstance(error, TertuliaError):
-            log.error("%s: unexpected error", call.id, exc_info=error)
-            error = TertuliaError()
+        known = typed(call, error)
         if self.live is not None and call.attempts == number:
-            call.reply.fail(error)
+            call.reply.fail(known)
 
     def settle(self, outcome: str) -> None:
         """The call is over."""

@@ -20,14 +20,13 @@ It does not know when two calls are identical, nor what becomes of an answer tha
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter_ns
 
 from ..core import CLIENT_LEFT, FAILED, FINISHED, STOPPED, Call, Next, Reply, retry_headers
 from ..errors import DeadlineExceeded, TertuliaError
+from .pipeline import typed
 
-log = logging.getLogger("tertulia.gateway")
 LAG = 4 * 2**20  # bytes the slowest listener may be behind before the others have to wait for it
 KEPT = 4 * 2**20  # bytes of one answer that are kept for those who come later
 ALL_KEPT = 64 * 2**20  # and of all answers in flight together
@@ -88,7 +87,7 @@ class Flights:
         try:
             rest = following(flight.call)
         except Exception as error:  # typed or a defect of ours: it is the shared call's, as the pipeline would say
-            failed(flight.call, error)
+            flight.call.reply.fail(typed(flight.call, error))
             return None
         return None if rest is None else flight.wait(rest)
 
@@ -174,7 +173,7 @@ class Flight:
             self.reply.close(STOPPED)
             raise
         except Exception as error:  # as in launch
-            failed(self.call, error)
+            self.call.reply.fail(typed(self.call, error))
 
     # listeners
     def join(self, call: Call, leads: bool = False) -> None:
@@ -211,7 +210,7 @@ class Flight:
             if self.outcome is not None and not reply.closed:
                 self._finish(listener)
         except Exception as error:  # of a tap or the socket of this one: the others' answer goes on
-            failed(listener.call, error)
+            listener.call.reply.fail(typed(listener.call, error))
         finally:
             listener.busy = False
         return True
@@ -390,15 +389,6 @@ class Flight:
         if first > self._base:
             del self.pieces[: first - self._base]
             self._base = first
-
-
-def failed(call: Call, error: Exception) -> None:
-    """What the pipeline does with an exception, for what happens after the pipeline has handed a call over."""
-    if not isinstance(error, TertuliaError):
-        # A defect of ours: the caller gets a typed 500, the log gets where, and the server goes on.
-        log.error("%s: unexpected error", call.id, exc_info=error)
-        error = TertuliaError()
-    call.reply.fail(error)
 
 
 def limited(call: Call, seconds: float) -> asyncio.TimerHandle | None:
