@@ -10,7 +10,7 @@ import os
 from setuptools import setup
 
 MODULES = (
-    "call", "turns", "accounts/ledger", "accounts/limits", "accounts/prices", "api/edge",
+    "call", "direct", "turns", "accounts/budgets", "accounts/ledger", "accounts/limits", "accounts/prices", "api/edge",
     "api/exchange", "api/rules",
     "engines/attempts", "engines/connection", "engines/sse", "engines/timeouts", "engines/upstream",
     "gateway/accesslog", "gateway/admit", "gateway/cache", "gateway/meter", "gateway/metrics", "gateway/names",

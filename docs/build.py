@@ -1,4 +1,5 @@
-"""Writes settings.md, cli.md and outcomes.md from the tables and parsers they are about: python docs/build.py.
+"""Writes settings.md, cli.md, outcomes.md and admin-api.md from the tables, parsers and clients they are about: python
+docs/build.py.
 
 A test compares the files with what this would write, so they cannot be out of date.
 """
@@ -7,12 +8,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from openai import OpenAI
 
+from tertulia.api import usage
+from tertulia.api.admin.kinds import Absent
+from tertulia.api.admin.table import ELSEWHERE, ROWS
 from tertulia.cli import build_parser
 from tertulia.config import LocalModel, Policy, Route, RouteTarget, Setting, Settings, Upstream, table
 from tertulia.core import Preset
@@ -128,11 +135,25 @@ def settings_page() -> str:
 
 
 def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of the commands, in the order of --help."""
+    """The parsers of the commands, in the order of --help; one that has commands itself gives way to those."""
+    found = {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
-    raise AssertionError("the command line has commands")
+            for name, one in action.choices.items():
+                within = commands(one)
+                found |= {f"{name} {rest}": each for rest, each in within.items()} if within else {name: one}
+    return found
+
+
+def about(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """What --help says of each command."""
+    found = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {one.dest: one.help or "" for one in action._choices_actions}
+            for name, one in action.choices.items():
+                found |= {f"{name} {rest}": help for rest, help in about(one).items()}
+    return found
 
 
 def sentence(text: str) -> str:
@@ -151,16 +172,14 @@ def option(action: argparse.Action) -> tuple[str, str]:
 def cli_page() -> str:
     """docs/cli.md."""
     parser = build_parser()
-    about = {action.dest: action.help or "" for one in parser._actions if isinstance(one, argparse._SubParsersAction)
-             for action in one._choices_actions}  # fmt: skip
+    helps = about(parser)
     text = NOTE + "# Command line\n\n"
     found = commands(parser)
-    text += rows(
-        ("command", "what"), [(f"[`tertulia {name}`](#tertulia-{name})", about.get(name, "")) for name in found]
-    )
+    links = {name: f"[`tertulia {name}`](#tertulia-{name.replace(' ', '-')})" for name in found}
+    text += rows(("command", "what"), [(link, helps.get(name, "")) for name, link in links.items()])
     text += "\nExit codes: 0 done, 1 failed, 2 asked wrongly (unknown option, bad setting), 130 interrupted.\n"
     for name, command in found.items():
-        text += f"\n## tertulia {name}\n\n{sentence(command.description or about.get(name) or name)}\n\n"
+        text += f"\n## tertulia {name}\n\n{sentence(command.description or helps.get(name) or name)}\n\n"
         text += rows(("argument", "what"), [option(one) for one in command._actions if one.dest != "help"])
         if name == "chat":
             text += "\nWithin a conversation:\n\n"
@@ -180,7 +199,65 @@ def outcomes_page() -> str:
     return NOTE + str(outcomes.page())
 
 
-PAGES = {"settings.md": settings_page, "cli.md": cli_page, "outcomes.md": outcomes_page}
+ADMIN = """\
+# Admin API reference
+
+Every method that the official SDK has below `client.admin.organization`, made from the SDK and the server's own table:
+`yes` means that it works as OpenAI's reference says; `no`, that it is answered with a 404 and the code `not_available`,
+and nothing is done. How-to: [how-to/admin-api.md](how-to/admin-api.md).
+
+Lists are read page by page with `after` and `limit`; `order` and `before` work where the SDK has them. A parameter that
+is not known, of a body or a query, is a 400 with the code `unknown_parameter`; one that OpenAI has and this server has
+not is a 400 with the code `unsupported_parameter`, unless it is null.
+"""
+NEVER = "always empty: nothing here feeds it"
+
+
+def sdk_methods(part: Any, name: str = "") -> Iterator[str]:
+    """The names of all methods of a part of the SDK's client."""
+    for each in dir(part):
+        if not each.startswith(("_", "with_")):
+            found, path = getattr(part, each), f"{name}.{each}".lstrip(".")
+            yield from [path] if inspect.ismethod(found) else sdk_methods(found, path)
+
+
+def admin_methods() -> list[tuple[str, str, str]]:
+    """(method, whether it works, what is to be known of it) for every one. A new one in the SDK is an error here."""
+    ours = {row.sdk: row for row in ROWS if row.sdk is not None}
+    used = {f"usage.{kind.path}": "" if kind.fed else NEVER for kind in usage.KINDS} | {"usage.costs": ""}
+    found = []
+    for name in sdk_methods(OpenAI(api_key="none", admin_api_key="none").admin.organization):
+        reason = next((why for sdk, _, why in ELSEWHERE if name.startswith(f"{sdk}.")), None)
+        if name in ours:
+            row = ours[name]
+            refused = [f"`{key}`" for key, kind in row.kind.takes.get(row.verb, {}).items() if kind is Absent]
+            found.append((name, "yes", f"but not {', '.join(refused)}" if refused else ""))
+        elif name in used:
+            found.append((name, "yes", used[name]))
+        elif reason is not None:
+            found.append((name, "no", reason))
+        else:
+            raise LookupError(f"the SDK has {name}: put it into tertulia/api/admin/table.py")
+    return found
+
+
+def admin_page() -> str:
+    """docs/admin-api.md."""
+    methods = admin_methods()
+    works = sum(1 for _, works, _ in methods if works == "yes")
+    text = NOTE + ADMIN + f"\n## Methods of the SDK\n\n{works} of {len(methods)} work.\n\n"
+    text += rows(("method", "works", "notes"), [(f"`{name}`", works, notes) for name, works, notes in methods])
+    text += "\n## Tertulia's own\n\nWhat the SDK has no method for; `client.post(PATH, body=..., cast_to=object)`.\n\n"
+    own = [row for row in ROWS if row.sdk is None]
+    text += rows(("call", "parameters", "what"), [
+        (f"`{row.method} /v1{row.path}`", ", ".join(f"`{name}`" for name in row.kind.takes[row.verb]),
+         sentence((row.act.__doc__ or "").replace("Tertulia's own: ", "").split("\n\n")[0].replace("\n    ", " ")))
+        for row in own
+    ])  # fmt: skip
+    return text
+
+
+PAGES = {"settings.md": settings_page, "cli.md": cli_page, "outcomes.md": outcomes_page, "admin-api.md": admin_page}
 
 if __name__ == "__main__":
     for page, made in PAGES.items():

@@ -12,12 +12,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cluster import Cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT_MODEL, EMBEDDING_MODEL = "smollm2-135m-instruct", "all-minilm-l6-v2"
@@ -114,8 +116,12 @@ class Served:
             raise
 
 
-def serve(data: Path, config: str = "", *arguments: str, environment: dict[str, str] | None = None) -> Served:
-    """Starts `tertulia serve` on a port of the system's choice and waits until it answers."""
+def serve(
+    data: Path, config: str = "", *arguments: str, environment: dict[str, str] | None = None,
+    before: Callable[[], None] | None = None,
+) -> Served:  # fmt: skip
+    """Starts `tertulia serve` on a port of the system's choice and waits until it answers; before is called in the new
+    process first."""
     data.mkdir(parents=True, exist_ok=True)
     api_key, admin_key = f"sk-test-{secrets.token_hex(16)}", f"sk-admin-{secrets.token_hex(16)}"
     # One thread an engine: a machine that runs other things beside the tests would make two wait for each other.
@@ -143,7 +149,7 @@ def serve(data: Path, config: str = "", *arguments: str, environment: dict[str, 
             **os.environ, **({"PYTHONPATH": package} if package else {}), "TERTULIA_API_KEY": api_key,
             "TERTULIA_ADMIN_KEY": admin_key, **(environment or {}),
         },
-        start_new_session=True,
+        start_new_session=True, preexec_fn=before,
     )  # fmt: skip
     served = Served(process, "", api_key, admin_key, data)
     deadline = time.monotonic() + 60
@@ -182,3 +188,25 @@ def mock_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served = serve(tmp_path_factory.mktemp("mock"), "", "--chat-model", "mock", "--embedding-model", "mock-embedding")
     yield served
     served.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A PostgreSQL of this run's own. Tests that stop it start it again."""
+    with Cluster.started() as running:
+        yield running
+
+
+@pytest.fixture
+def postgresql(cluster: Cluster) -> Iterator[str]:
+    """The URL of a new, empty PostgreSQL database."""
+    with cluster.database() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a new, empty database; whoever asks for it runs twice, once on each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'given.db'}"
+    return str(request.getfixturevalue("postgresql"))

@@ -95,6 +95,7 @@ class Setup:
         sink = Collector()
         reply = Reply(sink)
         call = Call("req_1", NOBODY, tasks[task].task(resolve), raw or json.dumps(body).encode(), reply, 0)
+        call.prompt_tokens = len(call.body) // 4  # as admit estimates
         call.task.check(call)
         reply.stream = call.stream
         return call, sink

@@ -20,9 +20,10 @@ Faults:
   garbage           what is no JSON in place of the answer, or one such event within a stream, which then goes on
   loris             the answer, or its rest, one byte every --drip seconds
   tls               within a stream: bytes that are no TLS record (only with --tls)
-Every request is recorded. GET /__counts: how many by fault, path, model and distinct body, and how many were finished,
-cancelled (the client closed before the end) or are open. GET /__requests?MODEL: the records themselves, with bytes and
-tokens sent and the monotonic time of the end. Other GETs: a list of models (path with `models`), else {"status":"ok"}.
+Every request is recorded. GET /__counts: how many by fault, path, model, `user` and distinct body, and how many were
+finished, cancelled (the client closed before the end) or are open. GET /__requests?MODEL: the records themselves, with
+bytes and tokens sent and the monotonic time of the end. Other GETs: a list of models (path with `models`), else
+{"status":"ok"}.
 """
 
 from __future__ import annotations
@@ -250,6 +251,7 @@ class State:
         self.paths: Counter[str] = Counter()
         self.models: Counter[str] = Counter()
         self.bodies: Counter[str] = Counter()
+        self.users: Counter[str] = Counter()
         self.connections = 0
 
     def note(self, order: Order, path: str, raw: bytes) -> Record:
@@ -259,13 +261,14 @@ class State:
         self.paths[path] += 1
         self.models[record.model] += 1
         self.bodies[record.body] += 1
+        self.users[str(order.body.get("user", ""))] += 1
         return record
 
     def counts(self) -> dict[str, Any]:
         ends = Counter(record.end for record in self.records)
         return {
             "requests": sum(self.paths.values()), "faults": self.faults, "paths": self.paths, "models": self.models,
-            "bodies": self.bodies, "ends": ends, "connections": self.connections,
+            "bodies": self.bodies, "users": self.users, "ends": ends, "connections": self.connections,
             "bytes": sum(record.bytes for record in self.records),
         }  # fmt: skip
 

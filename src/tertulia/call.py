@@ -58,6 +58,16 @@ class Source(Protocol):
     def resume_reading(self) -> None: ...
 
 
+class Watch(Protocol):
+    """Who keeps account of what is sent to engines: the meter."""
+
+    def sending(self, call: Call) -> None:
+        """The bytes of an attempt are about to leave: it counts from here on, whatever becomes of us."""
+
+    def lost(self, call: Call, error: TertuliaError) -> bool:
+        """The attempt under way is over, and the call is not: whether another one may follow."""
+
+
 GONE: list[Any] = []  # of a reply that is closed; nobody adds to it
 
 
@@ -87,6 +97,7 @@ class Reply:
         "headers",
         "last",
         "outcome",
+        "own",
         "pace",
         "recover",
         "sink",
@@ -107,6 +118,7 @@ class Reply:
         self.outcome: str | None = None
         self.error: TertuliaError | None = None
         self.usage: Usage | None = None  # set by the engine, before it pushes the last piece or closes
+        self.own: Usage | None = None  # what the last attempt used of it, where that is not all
         self.source: Source | None = None
         self.recover: Callable[[TertuliaError], bool] | None = None  # route's: takes over a failure
         self.pace: Callable[[float], None] | None = None  # the meter's: told the seconds between two pieces
@@ -280,11 +292,15 @@ def retry_headers(error: TertuliaError) -> list[tuple[str, str]]:
 class Call:
     """One request for an answer of a model, from whoever makes it; lives as long as the answer does.
 
-    deadline is in seconds of the loop's clock, None for no limit. target is who answers, or would at first; plan is all
-    who may; fallback: whoever was asked last is not of its first group. attempts counts what was sent to engines; cache
-    says what the cache did: "", hit, miss or joined; cost is what it came to, in nano-dollars, once admit has settled
-    it. refusal is what the edge already found wrong (a bad key, a broken body): it travels so that the meter, which is
-    outermost, records it.
+    deadline is in seconds of the loop's clock, None for no limit. target is who answers, or would at first; plan is
+    all who may; fallback: whoever was asked last is not of its first group. attempts counts what was sent to engines;
+    cache says what the cache did: "", hit, miss or joined; cost is what it came to, in nano-dollars, once admit has
+    settled it. prompt_tokens (as far as they are known), output_tokens (at most) and hold (nano-dollars, at most) are
+    admit's for one attempt. sent counts the attempts whose bytes have left, open says that the last of them is not in
+    the ledger yet, under the id opener; paid (nano-dollars) and used (tokens) are what the lost ones came to. held is
+    admit's, opaque to everyone else; observed names the limits that only observe and would have refused the call;
+    unpriced: nobody knows its price. refusal is what the edge already found wrong (a bad key, a broken body): it
+    travels so that the meter, which is outermost, records it.
     """
 
     __slots__ = (
@@ -297,15 +313,27 @@ class Call:
         "cost",
         "deadline",
         "fallback",
+        "held",
+        "hold",
         "id",
         "model",
+        "observed",
+        "open",
+        "opener",
+        "output_tokens",
+        "paid",
         "plan",
         "principal",
+        "prompt_tokens",
         "refusal",
         "reply",
+        "sent",
         "stream",
         "target",
         "task",
+        "unpriced",
+        "used",
+        "watch",
         "wishes",
     )  # fmt: skip
 
@@ -324,10 +352,31 @@ class Call:
         self.refusal: TertuliaError | None = None
         self.began = began  # time.perf_counter_ns() at the first byte
         self.wishes = NO_WISHES
-        self.attempts = self.cost = 0
-        self.fallback = False
+        self.attempts = self.cost = self.hold = 0
+        self.prompt_tokens = self.output_tokens = 0
+        self.sent = self.paid = self.used = 0
+        self.opener = id
+        self.open = self.fallback = self.unpriced = False
+        self.held: Any = None
+        self.observed = ""
+        self.watch: Watch | None = None
         self.cache = ""
         self.client = ""
+
+
+    def sending(self) -> None:
+        """An engine says: the bytes of an attempt leave now."""
+        if self.watch is not None:
+            self.watch.sending(self)
+
+    def lost(self, error: TertuliaError) -> bool:
+        """The attempt under way, if any, has failed: whether another one may follow."""
+        return self.watch.lost(self, error) if self.open and self.watch is not None else True
+
+    def take_over(self, other: Call) -> None:
+        """What was sent to engines for other counts as ours."""
+        self.attempts, self.sent, self.open, self.opener = other.attempts, other.sent, other.open, other.opener
+        self.paid, self.used = other.paid, other.used
 
 
 # A stage is a plain function: it hands the call on and returns what following(call) returned. That is None when the

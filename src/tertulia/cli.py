@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
@@ -81,6 +84,9 @@ def build_parser() -> Parser:
         "-o", "--output", metavar="FILE", help="write here, not to standard output; never over a file"
     )
     import_parser.set_defaults(run=import_settings)
+    add_ledger(commands.add_parser("ledger", help="export and verify the ledger"))
+    add_backups(commands)
+    add_keys(commands.add_parser("keys", help="list, make, rotate and revoke keys; projects"))
     add_doctor(commands.add_parser("doctor", help="check machine, models, port and permissions"))
     return parser
 
@@ -101,10 +107,131 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(row.flag, type=convert, metavar=meta, **kind)
 
 
+def add_keys(parser: argparse.ArgumentParser) -> None:
+    """The commands of `tertulia keys`."""
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    projects = commands.add_parser("projects", help="list, make and archive projects")
+    projects_commands = projects.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        within = projects_commands if name.startswith("projects ") else commands
+        made = within.add_parser(name.split()[-1], help=help)
+        made.set_defaults(run=lambda options: keys(name, options))
+        return made
+
+    all = [
+        listed := command("list", "list the keys that are not revoked"),
+        made := command("create", "make a key; it is shown this once"),
+        shown := command("show", "show what is known of a key; not the key itself"),
+        rotated := command("rotate", "make a key in another's place; both work for a while"),
+        revoked := command("revoke", "refuse a key from now on"),
+        command("projects list", "list the projects"),
+        project := command("projects create", "make a project"),
+        archived := command("projects archive", "refuse a project's keys from now on, for good"),
+    ]
+    listed.add_argument("--project", metavar="PROJECT", help="only those of this project, by id or name")
+    listed.add_argument("--admin", action="store_true", help="only admin keys")
+    made.add_argument("--project", metavar="PROJECT", help="its project, by id or name; the oldest if not given")
+    made.add_argument("--admin", action="store_true", help="a key to administer with")
+    made.add_argument("--owner", metavar="USER", help="whose key it is, by id or e-mail; an owner's if not given")
+    made.add_argument("--name", metavar="NAME", default="Key", help="what to call it")
+    made.add_argument("--scopes", metavar="SCOPES", help="what it may do, with commas between; everything if not given")
+    made.add_argument("--expires-in", metavar="TIME", type=_duration, help="how long it lives: 90m, 12h, 30d, 8w")
+    rotated.add_argument(
+        "--grace", metavar="TIME", type=_duration, default=86400, help="how long the old one still works; 24h"
+    )
+    for parser in (shown, rotated, revoked):
+        parser.add_argument("id", metavar="ID", help="the key's id, as `list` shows it")
+    project.add_argument("name", metavar="NAME", help="what to call it")
+    archived.add_argument("project", metavar="PROJECT", help="the project, by id or name")
+    for parser in all:
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        add_place(parser)
+        parser.add_argument("--database", metavar="URL", help="URL of the database, as for `tertulia serve`")
+
+
+def _duration(text: str) -> int:
+    """Seconds, from 90, 90s, 15m, 12h, 30d or 8w."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
+    if not number.isdecimal() or len(number) > 9:
+        raise ValueError
+    return int(number) * unit
+
+
+_duration.__name__ = "time"
+
+
+def keys(command: str, options: argparse.Namespace) -> int:
+    from .keys import run
+
+    return run(command, options)
+
+
 def add_place(parser: argparse.ArgumentParser) -> None:
     """The two settings that say where things are, for commands that serve nothing."""
     parser.add_argument("--data", metavar="DIR", help="directory of everything that is kept")
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
+
+
+def add_ledger(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    export = commands.add_parser(
+        "export",
+        help="write all entries as CSV or Parquet",
+        description="Writes one row for each attempt, a server may be running. at is in unix seconds (UTC), cost in "
+        "nano-dollars: a billionth of a dollar.",
+    )
+    export.add_argument(
+        "-o", "--output", metavar="FILE", help="write here, never over a file; as Parquet if it ends so"
+    )
+    export.add_argument("--since", metavar="DAY", type=_moment, help="entries from this day on, as 2026-11-30, in UTC")
+    export.add_argument("--until", metavar="DAY", type=_moment, help="entries before this day")
+    export.add_argument("--project", metavar="ID", help="entries of one project")
+    export.set_defaults(run=export_ledger)
+    verify = commands.add_parser(
+        "verify",
+        help="check that journal, entries and sums agree",
+        description="Reads the journal and adds up all entries again. Exits with 1 if anything is wrong.",
+    )
+    verify.set_defaults(run=verify_ledger)
+    for parser in (export, verify):
+        add_place(parser)
+        parser.add_argument("--database", metavar="URL", help="URL of the database, as for `tertulia serve`")
+
+
+def _moment(text: str) -> int:
+    from .accounts.export import day_of
+
+    return day_of(text)
+
+
+_moment.__name__ = "day"
+
+
+def add_backups(commands: Any) -> None:
+    backup_parser = commands.add_parser(
+        "backup",
+        help="write all that is kept to one file",
+        description="Writes projects, keys, limits, audit log and ledger to one file; a server may be running. "
+        "Models and cached answers are not in it. Whoever has the file has what the data directory holds.",
+    )
+    backup_parser.add_argument("file", metavar="FILE", help="where to, as a tar.gz; never over a file")
+    backup_parser.set_defaults(run=backup)
+    restore_parser = commands.add_parser(
+        "restore",
+        help="put a backup into an empty data directory and database",
+        description="Puts a backup into the data directory and the database, which no server may be using. That "
+        "database may be of another kind than the one that was backed up.",
+    )
+    restore_parser.add_argument("file", metavar="FILE", help="what `tertulia backup` wrote")
+    restore_parser.add_argument(
+        "--force", action="store_true", help="replace what is there; its files are kept as NAME.before-TIME"
+    )
+    restore_parser.set_defaults(run=restore)
+    for parser in (backup_parser, restore_parser):
+        add_place(parser)
+        parser.add_argument("--database", metavar="URL", help="URL of the database, as for `tertulia serve`")
 
 
 def _number(text: str) -> float | int:
@@ -185,6 +312,74 @@ def pull(options: argparse.Namespace) -> int:
     for name, path in zip(names, pull_all(names, shelf), strict=True):
         print(f"{name}: {path}")
     return 0
+
+
+def export_ledger(options: argparse.Namespace) -> int:
+    from .accounts.export import Part, rows, write_csv, write_parquet
+    from .store.database import open_database
+
+    settings = settings_of(options)
+    file = Path(options.output) if options.output else None
+    found = rows(
+        open_database(settings.data_dir, settings.database), settings.data_dir,
+        Part(options.since, options.until, options.project),
+    )  # fmt: skip
+    count = write_parquet(found, file) if file and file.suffix == ".parquet" else write_csv(found, file)
+    if file is not None:
+        print(f"{file}: {count:,} entries")
+    return 0
+
+
+def verify_ledger(options: argparse.Namespace) -> int:
+    from .accounts.export import verify
+    from .store.database import open_database
+
+    settings = settings_of(options)
+    wrong = verify(open_database(settings.data_dir, settings.database), settings.data_dir, print)
+    for line in wrong:
+        print(f"wrong: {line}")
+    print(f"{len(wrong)} things are wrong" if wrong else "all of it agrees")
+    return 1 if wrong else 0
+
+
+def backup(options: argparse.Namespace) -> int:
+    from .store.backup import backup as write
+
+    settings = settings_of(options)
+    file = Path(options.file)
+    with progress() as tell:
+        told = write(settings.data_dir, settings.database, file, tell)
+    rows = sum(table.rows for table in told.tables.values())
+    print(f"{file}: {rows:,} rows and {len(told.members):,} files, {file.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def restore(options: argparse.Namespace) -> int:
+    from .server import only_server
+    from .store.backup import restore as read
+
+    settings = settings_of(options)
+    with only_server(settings.data_dir), progress() as tell:  # no server may begin in the middle
+        told = read(Path(options.file), settings.data_dir, settings.database, options.force, tell)
+    at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(told.made_at))
+    print(f"{settings.data_dir} is as it was on {at}: {sum(table.rows for table in told.tables.values()):,} rows")
+    return 0
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Says on standard error how far it is, on one line of a terminal that is empty again in the end; else nothing."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+
+    def tell(said: str) -> None:
+        print(f"\r\033[K{said[:79]}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield tell
+    finally:
+        tell("")
 
 
 def import_settings(options: argparse.Namespace) -> int:

@@ -69,7 +69,10 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Literal["openai", "azure"], Meta(description="azure: key in `api-key`, deployments in the path")
     ] = "openai"
     api_version: Annotated[str | None, Meta(description="sent as ?api-version=, as Azure OpenAI wants it")] = None
-    key: Annotated[str | None, Meta(description="reference to its key: env:NAME or file:PATH")] = None
+    key: Annotated[
+        str | None,
+        Meta(description="reference to its key: env:NAME, file:PATH, aws:ID, azure:VAULT/SECRET, vault:PATH#FIELD"),
+    ] = None
     models: Annotated[dict[str, str], Meta(description="our model name = its model name")] = {}
     discover: Annotated[
         bool, Meta(description="ask it for its models (GET /models) at start and every 5 minutes, and offer them all")
@@ -77,7 +80,10 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prefix: Annotated[str, Meta(description="put before the names of discovered models, for example `vllm/`")] = ""
     organization: Annotated[str | None, Meta(description="sent as OpenAI-Organization")] = None
     project: Annotated[str | None, Meta(description="sent as OpenAI-Project")] = None
-    headers: Annotated[dict[str, str], Meta(description="further headers sent with every request")] = {}
+    headers: Annotated[
+        dict[str, str],
+        Meta(description="further headers sent with every request; a value may be a reference as for `key`"),
+    ] = {}
     connect_timeout: Annotated[Seconds, Meta(description="seconds to connect, TLS included")] = 5.0
     first_byte_timeout: Annotated[Seconds, Meta(description="seconds until an answer must begin")] = 300.0
     stall_timeout: Annotated[Seconds, Meta(description="seconds between two pieces of an answer")] = 60.0
@@ -98,7 +104,8 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = False
     tls_ca: Annotated[str | None, Meta(description="file with certificates to trust instead of the system's")] = None
     prices: Annotated[
-        dict[str, dict[str, float]], Meta(description="by our model name: US dollars per million tokens: input, output")
+        dict[str, dict[str, float]],
+        Meta(description="by our model name: US dollars per million tokens: input, cached_input, output"),
     ] = {}
     context_length: Annotated[
         dict[str, Positive], Meta(description="by our model name: tokens it holds, to refuse what cannot fit")
@@ -155,6 +162,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     api_key: Annotated[str | None, Meta(description="project key to use at first start instead of a random one")] = None
     admin_key: Annotated[str | None, Meta(description="admin key to use at first start instead of a random one")] = None
     database: Annotated[str | None, Meta(description="database URL; SQLite in the data directory if not given")] = None
+    database_grace: Annotated[
+        Seconds, Meta(description="seconds calls are answered while the database cannot be read; then 503")
+    ] = 3600.0
     chat_model: Annotated[Named, Meta(description="local model that answers chat and completions by default")] = (
         "smollm2-135m-instruct"
     )
@@ -178,11 +188,52 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     read_timeout: Annotated[Seconds, Meta(description="seconds a client may take to send its request")] = 30.0
     keep_alive: Annotated[Positive, Meta(description="seconds an idle connection is kept")] = 75
     max_connections: Annotated[Positive, Meta(description="open connections over which new ones are refused")] = 4096
-    requests_per_minute: Annotated[Positive, Meta(description="requests a minute of one project")] = 10_000_000
-    tokens_per_minute: Annotated[Positive, Meta(description="tokens a minute of one project")] = 1_000_000_000
+    requests_per_minute: Annotated[Positive, Meta(description="requests a minute of one project to one model")] = (
+        10_000_000
+    )
+    tokens_per_minute: Annotated[Positive, Meta(description="tokens a minute of one project with one model")] = (
+        1_000_000_000
+    )
+    requests_per_day: Annotated[
+        Positive | None, Meta(description="requests in 24 hours of one project to one model; no limit if not given")
+    ] = None
+    concurrent_requests: Annotated[
+        Positive | None, Meta(description="requests at a time of one project to one model; no limit if not given")
+    ] = None
+    reserve_output: Annotated[
+        Positive | None,
+        Meta(description="tokens that tokens_per_minute sets aside for an answer without a given maximum; the model's "
+             "longest if not given"),
+    ] = None
     spend_limit: Annotated[
         Dollars | None, Meta(description="US dollars a project may spend a calendar month; no limit if not given")
     ] = None
+    observe_only: Annotated[
+        bool, Meta(description="refuse nothing for a limit; say in metrics, ledger and answers what would have been")
+    ] = False
+    unknown_price: Annotated[
+        Literal["flag", "refuse"], Meta(description="mark or refuse calls of an upstream's model without a price")
+    ] = "flag"
+    alert_webhook: Annotated[str | None, Meta(description="address (URL) that spend alerts are posted to")] = None
+    alert_webhook_secret: Annotated[
+        str | None, Meta(description="reference to the secret they are signed with: whsec_ and base64")
+    ] = None
+    alert_smtp: Annotated[
+        str | None,
+        Meta(description="mail server for spend alerts: smtp://USER@HOST:PORT, or smtps:// for TLS from the start"),
+    ] = None
+    alert_smtp_password: Annotated[str | None, Meta(description="reference to the password for it")] = None
+    alert_from: Annotated[str | None, Meta(description="address that spend alerts come from")] = None
+    flush_seconds: Annotated[
+        float,
+        Meta(gt=0, le=3600, description="seconds between two flushes of the ledger: what a power loss may cost"),
+    ] = 1.0
+    fold_seconds: Annotated[Seconds, Meta(description="seconds between two moves of the journal into the database")] = (
+        30.0
+    )
+    ledger_days: Annotated[
+        NotNegative, Meta(description="days that entries of the ledger are kept in the database; 0: for good")
+    ] = 400
     access_log: Annotated[
         str, Meta(description="file for the JSON access log; - for standard error, empty for none")
     ] = ""
@@ -219,6 +270,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float, Meta(ge=0, le=600, description="seconds a call goes on after its client left, for the client's retry")
     ] = 0.0
     watch: Annotated[bool, Meta(description="read the configuration file again when it changes")] = True
+    secrets_refresh: Annotated[Seconds, Meta(description="seconds after which secrets of upstreams are read again")] = (
+        300.0
+    )
     traces: Annotated[
         str | None,
         Meta(description="where traces go: URL of an OTLP/HTTP collector for traces; needs the extra `otel`"),
@@ -236,7 +290,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = []
     policies: Annotated[dict[str, Policy], Meta(description="what holds for single API keys")] = {}
     prices: Annotated[
-        dict[str, dict[str, float]], Meta(description="US dollars per million tokens: input, output")
+        dict[str, dict[str, float]], Meta(description="US dollars per million tokens: input, cached_input, output")
     ] = {}
 
     @property

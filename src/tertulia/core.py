@@ -39,7 +39,19 @@ __all__ = [
 class Principal:
     """Who asks: one API key with the project and organization it belongs to. One object per key, kept in memory."""
 
-    __slots__ = ("key_id", "kind", "lines", "organization", "project", "scopes", "state")
+    __slots__ = (
+        "account",
+        "expires_at",
+        "key_id",
+        "kind",
+        "lines",
+        "organization",
+        "owner_id",
+        "project",
+        "scopes",
+        "state",
+        "used",
+    )  # fmt: skip
 
     def __init__(self, key_id: str, organization: str, project: str, kind: str = "project") -> None:
         self.key_id = key_id
@@ -47,6 +59,10 @@ class Principal:
         self.project = project
         self.kind = kind  # "project" or "admin"
         self.scopes: frozenset[str] | None = None  # None: everything its kind may do
+        self.owner_id: str | None = None  # a user or a service account; None: the organization's owner
+        self.expires_at: int | None = None  # unix seconds
+        self.account: Any = None  # an accounts.projects.Project; None for admin keys
+        self.used = 0  # unix seconds, set by the meter
         self.state: Any = None  # admit's counters for the project; opaque to everyone else
         self.lines: bytes | None = None  # the edge's response headers for it; opaque too
 
@@ -62,6 +78,7 @@ class Usage(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
     reasoning_tokens: int = 0
     estimated: bool = False
+    cache_write_tokens: int = 0  # of the prompt's, put into the upstream's prompt cache
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):

@@ -32,6 +32,7 @@ from .errors import SettingsError, TertuliaError
 if TYPE_CHECKING:
     from .config import LocalModel, Settings, Upstream
     from .core import ModelCard
+    from .engines.upstream import Upstream as Far
 
 MEGABYTE = 1_000_000
 MEMORY_NEEDED = 500 * MEGABYTE  # the server, and the two default models for a request or two
@@ -274,9 +275,9 @@ def private_files(patient: Patient) -> Iterator[Finding]:
 def database(patient: Patient) -> Iterator[Finding]:
     from urllib.parse import quote
 
-    from sqlalchemy import create_engine, exc, text
+    from sqlalchemy import Engine, create_engine, exc, text
 
-    from .store.database import SCHEMA, versions
+    from .store.database import HEAD, connect, found_version, name_of, reason
 
     path, url = patient.data / "tertulia.db", patient.settings.database
     if url is None and not path.exists():
@@ -285,52 +286,54 @@ def database(patient: Patient) -> Iterator[Finding]:
     try:
         # without a server at work nothing is locked, and looking leaves no -wal and -shm behind
         idle = "" if path.with_name("tertulia.db-wal").exists() else "&immutable=1"
-        engine = create_engine(url or f"sqlite:///file:{quote(str(path))}?mode=ro{idle}&uri=true")
-        where = engine.url.render_as_string(hide_password=True) if url else path.name
+        engine: Engine
+        if url is None:
+            engine = create_engine(f"sqlite:///file:{quote(str(path))}?mode=ro{idle}&uri=true")
+        else:
+            engine = connect(patient.data, url)
+        where = name_of(engine) if url else path.name
         with engine.connect() as connection:
-            found = connection.execute(versions.select()).scalar()
+            found = found_version(connection)
             small = url is None and (patient.deep or path.stat().st_size <= QUICK_DATABASE)
             sound = connection.execute(text("PRAGMA quick_check(1)")).scalar() if small else "ok"
         engine.dispose()
-    except (exc.SQLAlchemyError, ImportError, OSError) as error:
-        why = str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0]
-        do = "check `database`" if url else f"restore {path} from a backup, or move it away to begin anew"
-        yield Finding("database", FAIL, f"cannot be opened: {why}", do)
+    except SettingsError as error:
+        yield Finding("database", FAIL, error.message, "check `database`" if url else "install the newer Tertulia")
         return
-    if found is None or found > SCHEMA:
-        what = f"{where} has schema version {found}, this program knows {SCHEMA}"
-        yield Finding("database", FAIL, what, "install the newer Tertulia that wrote it")
-    elif sound != "ok":
+    except (exc.SQLAlchemyError, OSError) as error:
+        do = "check `database`" if url else f"restore {path} from a backup, or move it away to begin anew"
+        yield Finding("database", FAIL, f"cannot be opened: {reason(error)}", do)
+        return
+    if sound != "ok":
         yield Finding("database", FAIL, f"{where} is damaged: {sound}", f"restore {path} from a backup")
-    else:
+    elif found == HEAD:
         yield Finding("database", OK, f"{where}, schema version {found}")
+    else:
+        yield Finding("database", OK, f"{where}, schema version {found}; the next start makes it {HEAD}")
 
 
 def journal(patient: Patient) -> Iterator[Finding]:
     import msgspec
 
-    from .accounts.entry import Entry
+    from .accounts.entry import OPEN, read_intent, read_line
     from .store.journal import read
 
-    path, decoder = patient.data / "ledger.jsonl", msgspec.json.Decoder(Entry)
-    bad, number = [], 0
+    path, bad, number = patient.data / "ledger", 0, 0
     try:
-        for number, line in enumerate(read(path), 1):
+        for line in read(path):
+            number += not line.startswith(OPEN)
             try:
-                decoder.decode(line)
+                (read_intent if line.startswith(OPEN) else read_line)(line)
             except (msgspec.MsgspecError, UnicodeDecodeError):
-                bad.append(number)
-    except FileNotFoundError:
-        yield Finding("journal", OK, "not there yet")
-        return
+                bad += 1
     except OSError as error:
         yield Finding("journal", FAIL, f"{path} cannot be read: {error.strerror}", f"chown or chmod 600 {path}")
         return
     if bad:
-        what = f"{len(bad)} of {number} lines are damaged, the first is line {bad[0]}; what they cost is not counted"
+        what = f"{bad} of {number} entries are damaged; what they cost is not counted"
         yield Finding("journal", WARN, what, f"look at {path} and at the disk")
     else:
-        yield Finding("journal", OK, f"{number} {'entry' if number == 1 else 'entries'}")
+        yield Finding("journal", OK, f"{number} {'entry' if number == 1 else 'entries'}" if number else "empty")
 
 
 # What is configured ---------------------------------------------------------------------------------------------------
@@ -518,36 +521,39 @@ def upstreams(patient: Patient) -> Iterator[Finding]:
 
 
 def upstream_findings(name: str, upstream: Upstream, patient: Patient) -> Iterator[Finding]:
-    from .engines.upstream import Upstream as Engine
-    from .server import reference
+    from .accounts.credentials import Credentials, references_of
+    from .engines.upstream import Upstream as Far
 
-    check = f"upstream {name}"
+    check, credentials = f"upstream {name}", Credentials()
+    wanted = references_of({name: upstream})
     try:
-        key = reference(upstream.key, f"upstreams.{name}.key")
-        Engine(name, upstream, key)  # refuses what cannot be used
+        near = [credentials.check(setting, reference) for setting, reference in wanted.items()]
+        if patient.deep or all(near):  # what is kept elsewhere is read only when networks are to be used
+            credentials.require(wanted)
+            engine = Far(name, upstream, credentials.key(upstream), headers=credentials.headers(upstream))
+        else:
+            engine = Far(name, upstream)  # refuses what cannot be used
     except SettingsError as error:
         yield Finding(check, FAIL, error.message, "correct it, or set what it names")
         return
-    if upstream.key and upstream.key.startswith("file:"):
-        path = Path(upstream.key.removeprefix("file:")).expanduser()
-        if path.stat().st_mode & 0o077:
+    for reference in wanted.values():
+        path = Path(reference.removeprefix("file:")).expanduser()
+        if reference.startswith("file:") and path.stat().st_mode & 0o077:
             yield Finding(check, WARN, f"{path} holds a key that others may read", f"chmod 600 {path}")
     what = f"{upstream.base_url}, {'key from ' + upstream.key.partition(':')[0] if upstream.key else 'no key'}"
     if not patient.deep:
         yield Finding(check, OK, f"{what}; not asked (--deep asks it)")
         return
-    yield asked(check, name, upstream, key, what)
+    yield asked(check, engine, upstream, what)
 
 
-def asked(check: str, name: str, upstream: Upstream, key: str | None, what: str) -> Finding:
+def asked(check: str, engine: Far, upstream: Upstream, what: str) -> Finding:
     """Asks an upstream for its models as the server does: with its key, headers and certificates, through its proxy."""
     import asyncio
 
-    from .engines.upstream import Upstream as Engine
     from .errors import BadUpstreamAnswer, UpstreamRefused
 
     async def ask() -> int:
-        engine = Engine(name, upstream, key)
         try:
             return len(await engine.list_models())
         finally:

@@ -13,6 +13,7 @@
     ├── RateLimited                   429 rate_limit_exceeded, worth another try after `retry_after` seconds
     ├── QuotaExceeded                 429 insufficient_quota, not worth another try
     ├── Overloaded                    503 server_is_overloaded, worth another try
+    ├── Unavailable                   503 database_unavailable: nothing can be changed or proved now, worth another try
     ├── DeadlineExceeded              504 the call took longer than its deadline
     ├── EngineFailed                  502 what should have answered broke (a crashed child, an upstream out of reach)
     │   ├── BadUpstreamAnswer         502 bad_upstream_answer: the upstream said something that is no answer
@@ -28,6 +29,11 @@ from __future__ import annotations
 import msgspec
 
 encode = msgspec.json.Encoder().encode
+LONGEST_MESSAGE, LONGEST_PARAM = 8192, 256  # characters; what a caller or an upstream said may be in them
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 class TertuliaError(Exception):
@@ -49,9 +55,9 @@ class TertuliaError(Exception):
         headers: tuple[tuple[str, str], ...] = (),
     ) -> None:
         """`retry_after` is in seconds; `headers` are sent with the answer as they are."""
-        self.message = message or (self.__doc__ or "").strip()
+        self.message = _cut(message or (self.__doc__ or "").strip(), LONGEST_MESSAGE)
         super().__init__(self.message)
-        self.param = param
+        self.param = None if param is None else _cut(param, LONGEST_PARAM)
         self.retry_after = retry_after
         self.headers = headers
         if code is not None:
@@ -145,6 +151,13 @@ class Overloaded(TertuliaError):
 
     status, type, retry = 503, "service_unavailable_error", True
     code = "server_is_overloaded"
+
+
+class Unavailable(TertuliaError):
+    """The server's database cannot be used at the moment. Please try again later."""
+
+    status, type, retry = 503, "service_unavailable_error", True
+    code = "database_unavailable"
 
 
 class DeadlineExceeded(TertuliaError):

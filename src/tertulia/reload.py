@@ -31,10 +31,11 @@ NAMED = 12  # changes that the line about a reload names; of more it says how ma
 # What holds from the next call on. Everything else is said to need a restart, and keeps its value.
 LIVE = frozenset({
     "upstreams", "routes", "fallback", "aliases", "presets", "prices", "policies", "strict_models", "mock",
-    "requests_per_minute", "tokens_per_minute", "spend_limit", "max_body", "request_timeout", "read_timeout",
+    "requests_per_minute", "tokens_per_minute", "requests_per_day", "concurrent_requests", "reserve_output",
+    "spend_limit", "observe_only", "unknown_price", "max_body", "request_timeout", "read_timeout",
     "keep_alive", "retries", "retry_budget", "on_break", "breaker_failures", "breaker_cooldown", "queue_size",
     "queue_timeout", "heartbeat", "cache", "cache_memory", "cache_disk", "cache_ttl", "coalesce", "retry_grace",
-    "log_level", "watch",
+    "log_level", "watch", "secrets_refresh",
 })  # fmt: skip
 OK, REFUSED = "ok", "refused"
 
@@ -63,8 +64,9 @@ def sources(settings: Settings) -> list[str]:
     """The files that these settings come from: the configuration, keys and certificates."""
     found = [settings.config] if settings.config else []
     for upstream in settings.upstreams.values():
-        if upstream.key and upstream.key.startswith("file:"):
-            found.append(upstream.key.removeprefix("file:"))
+        for text in (upstream.key or "", *upstream.headers.values()):
+            if text.startswith("file:"):
+                found.append(text.removeprefix("file:"))
         if upstream.tls_ca:
             found.append(upstream.tls_ca)
     return [os.path.expanduser(path) for path in found]

@@ -11,13 +11,14 @@ import http.client
 import logging
 import os
 import resource
-import secrets
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,10 +30,18 @@ from msgspec.structs import replace
 
 from . import config
 from .accounts import client_env
-from .accounts.directory import Directory, checked
+from .accounts.alerts import Alerts, Channel, Mail, Webhook
+from .accounts.credentials import Credentials, references
+from .accounts.directory import Directory
+from .accounts.keys import checked
+from .accounts.keys import make as make_key
 from .accounts.ledger import Ledger
+from .accounts.limits import NO_LIMIT
 from .accounts.prices import NANO, Prices
-from .api import app, chat, completions, embeddings, models
+from .accounts.projects import RateLimit
+from .api import app, chat, completions, embeddings, models, usage
+from .api.admin import door
+from .api.admin.kinds import World
 from .api.http import Front
 from .config import LocalModel, Sampling, Settings, nearest, refuse_wrong
 from .core import NOBODY, Call, ModelCard, Preset, Reply, Stage, Target, Task
@@ -41,12 +50,13 @@ from .engines.base import Collector, Engine
 from .engines.catalog import CATALOG, PullFailed
 from .engines.gguf import BadModelFile
 from .engines.models import Shelf, card_of, pull_all
-from .engines.upstream import Upstream
-from .errors import BadRequest, ModelNotFound, SettingsError, Unauthorized
+from .engines.upstream import Upstream, header_lines
+from .errors import BadRequest, Conflict, ModelNotFound, SettingsError, Unauthorized
 from .gateway.accesslog import AccessLog
-from .gateway.admit import Admit
+from .gateway.admit import Admit, Rules
 from .gateway.cache import Cache
 from .gateway.meter import Meter
+from .gateway.metrics import COUNTER, family
 from .gateway.names import CHAT, EMBEDDING, Names, may_list, serves, wrong_kind
 from .gateway.pipeline import Pipeline, check
 from .gateway.route import Route
@@ -59,6 +69,7 @@ SPARE_FILES = 256  # open files that are no client's: engines, database, logs
 GRACE_SECONDS = 10.0  # what answers under way are given to finish when the server stops
 MEGABYTE = 1_000_000
 NEAR = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where a server that listens everywhere is reached from here
+MINUTE_SECONDS, DAY_SECONDS = 60.0, 86_400.0  # the windows of limits
 PROBE_SECONDS = 1.0  # for whoever has our port to say who it is
 CHAT_FIELDS, COMPLETION_FIELDS = chat.Chat.__struct_fields__, completions.Completion.__struct_fields__
 PER_CALL = ("model", "messages", "prompt", "input", "stream", "stream_options")  # never a preset's
@@ -71,15 +82,19 @@ class Server:
         """Opens the data directory and the database; read gives the settings anew, for who changes them while it runs.
         Raises SettingsError if they cannot be used."""
         self.settings = settings
+        self.credentials = Credentials()
+        self.credentials.require(references(settings))  # before keys are made that would be shown nowhere
+        self._channels = channels(settings, self.credentials)
         self.data = prepare_data(settings.data_dir)
         self.database = open_database(self.data, settings.database)
-        self.directory = Directory(self.database, self.data)
+        self.directory = Directory(self.database, self.data, settings.database_grace)
         self.first_keys = self.directory.first_start(settings.api_key, settings.admin_key)
         if self.first_keys is None:
+            self.directory.ensure_owner()
             ensure_keys(self.directory, settings)
         self.engines: list[Engine] = []
         self._far: dict[str, Far] = {}
-        self.reloads = Reloads(settings, read or (lambda: self.settings), check_models, self.reload, self._reopen_log)
+        self.reloads = Reloads(settings, read or (lambda: self.settings), self._check, self.reload, self._reopen_log)
         self.names: Names
         self.port = settings.port
         self._states: dict[str, str] = {}
@@ -99,8 +114,10 @@ class Server:
         try:
             self.directory.authenticate(key.encode())
         except Unauthorized:
-            key = f"sk-proj-{secrets.token_urlsafe(32)}"
             organization, project = self.directory.home()
+            if self.directory.projects[project].archived_at is not None:
+                return key  # there is no project that a key would be good for
+            key = make_key("project", None)
             self.directory.add_key(key, "project", organization, project, "client.env")
         return key
 
@@ -112,19 +129,32 @@ class Server:
     def _compose(self) -> tuple[Front, Any]:
         """The stages, the tasks and the app; needs the running loop."""
         settings = self.settings
-        self._far = far_engines(settings, {})
+        self._far = far_engines(settings, {}, self.credentials)
         self.engines = [*mocks(settings), *(far.engine for far in self._far.values()), *near_engines(settings)]
         self.names = Names.of(settings, self.engines)
-        self.ledger = Ledger(self.data)
+        self.ledger = Ledger(
+            self.data, self.database, flush_seconds=settings.flush_seconds, fold_seconds=settings.fold_seconds,
+            days=settings.ledger_days,
+        )  # fmt: skip
         prices = prices_of(settings)
         self.access_log = AccessLog(settings.access_log) if settings.access_log else None
         self.traces = Traces(settings.traces, addresses(settings)) if settings.traces else None
         self.meter = Meter(self.ledger, self.access_log, self.traces)
-        self.admit = admit = Admit(*limits(settings), prices, self.ledger.spent())
+        self.admit = admit = Admit(rules(settings), prices, self.ledger.spent())
+        admit.adopt(self.directory.projects.values())
+        self._recall()
+        self.alerts = Alerts(
+            self.database, admit.budgets, lambda: self.directory.records.all("spend_alert"),
+            lambda: self.directory.organization.id, self._channels,
+        )  # fmt: skip
+        self.directory.on_change += [admit.changed, self.alerts.changed]
+        self.meter.charge, self.meter.may_follow = admit.lost, admit.may_follow
         self.route = Route(settings, self.names)
         self.cache = Cache(settings, self.data)
         self.cache.flights.account = self._unclaimed
-        self.meter.sources += [self.route.metrics, self.cache.metrics, self.reloads.metrics]
+        self.cache.flights.linger, self.cache.flights.resume = admit.linger, admit.resume
+        self.meter.sources += [admit.metrics, self.route.metrics, self.cache.metrics, self.reloads.metrics]
+        self.meter.sources.append(lambda: secret_metrics(self.credentials))
         if self.access_log is not None:
             self.meter.sources.append(self.access_log.metrics)
         # The order of the stages; why it is this one: gateway/pipeline.py.
@@ -139,7 +169,27 @@ class Server:
             max_body=settings.max_body * 2**20, read_timeout=settings.read_timeout, keep_alive=settings.keep_alive,
             max_connections=raise_file_limit(settings.max_connections), crowd_left=give_memory_back,
         )  # fmt: skip
-        return front, app.build(tasks, models.routes(self.names), self.directory, self.states, self.meter.exposition)
+        administration = World(self.directory, self.names, lambda: rate_limit(self.settings), admit.reached)
+        cold = [
+            *models.routes(self.names), *door.routes(administration),
+            *usage.routes(self.database, self.ledger.catch_up),
+        ]  # fmt: skip
+        return front, app.build(tasks, cold, self.directory, self.states, self.meter.exposition)
+
+    def _recall(self) -> None:
+        """A restart does not empty the windows of limits: what was admitted within them still counts."""
+        projects, now = self.directory.projects, time.time()
+        limits = [limit for project in projects.values() for limit in project.rate_limits.values()]
+        daily = self.settings.requests_per_day is not None or any(one.requests_per_day is not None for one in limits)
+        for one in self.ledger.admitted(DAY_SECONDS if daily else MINUTE_SECONDS):
+            project = projects.get(one.project)
+            if project is None:
+                continue
+            try:
+                name = one.asked if one.asked in project.rate_limits else self.names.plan(one.asked).name
+            except ModelNotFound:  # nobody can ask for it any more
+                continue
+            self.admit.recall(project, name, now - one.began, one.requests, one.tokens)
 
     def _unclaimed(self, call: Call, outcome: str) -> None:
         """A shared call went on after its last client had left, and nobody came back for it."""
@@ -151,15 +201,16 @@ class Server:
             log.warning("%s", line)
 
     def _start_far(self) -> None:
-        """Upstreams may be asked for their models, and say when those have changed."""
+        """Upstreams may be asked for their models, and say when those have changed, or a key is refused."""
         for far in self._far.values():
             far.engine.on_models_changed = self.names.refresh
+            far.engine.on_key_refused = self.credentials.hurry
             far.engine.start()
 
     def reload(self, settings: Settings) -> None:
         """Puts settings in force for every call that comes from now on; those under way go on as they began. An
         upstream that is as before keeps its connections. Raises SettingsError, and then nothing has changed."""
-        far = far_engines(settings, self._far)
+        far = far_engines(settings, self._far, self.credentials)
         mock = [engine for engine in self.engines if is_mock(engine)] or mocks(settings)
         ours = [engine for engine in self.engines if not isinstance(engine, Upstream) and not is_mock(engine)]
         found = [*(mock if settings.mock else []), *(one.engine for one in far.values()), *ours]
@@ -167,12 +218,14 @@ class Server:
         check_presets(settings.presets, names, [make.task(names.resolve) for make in (chat, completions, embeddings)])
         gone = [old.engine for name, old in self._far.items() if far.get(name) is not old]
         self.settings, self.engines, self._far = settings, found, far
+        self.credentials.keep_only(references(settings).values())
+        self.rekey()
         self.names.replace(names)
         self._say_idle()
         self._start_far()
         self.cache.reload(settings)
         self.route.reload(settings)
-        self.admit.reload(*limits(settings), prices)
+        self.admit.reload(rules(settings), prices)
         self.front.max_body, self.front.read_timeout = settings.max_body * 2**20, settings.read_timeout
         self.front.keep_alive = settings.keep_alive
         if self.traces is not None:
@@ -180,6 +233,20 @@ class Server:
         logging.getLogger().setLevel(settings.log_level.upper())
         for engine in gone:
             engine.retire()
+
+    def _check(self, settings: Settings) -> None:
+        """In a thread: what shows before these settings are in force. Raises SettingsError."""
+        check_models(settings)
+        self.credentials.require(references(settings))
+
+    def rekey(self) -> None:
+        """Has every upstream send its key as it was read last; answers under way go on."""
+        for name, far in self._far.items():
+            try:
+                if far.engine.rekey(self.credentials.key(far.upstream), self.credentials.headers(far.upstream)):
+                    log.info("upstreams.%s: its key or a header has changed, and is used from now on", name)
+            except SettingsError as error:
+                log.error("%s; the old value is used", error.message)
 
     def _reopen_log(self) -> None:
         if self.access_log is not None:
@@ -211,10 +278,15 @@ class Server:
         config = uvicorn.Config(
             cold, http=front, interface="asgi3", loop="none", lifespan="off", access_log=False, log_config=None,  # type: ignore[arg-type]
             ws="none", server_header=False, date_header=False, timeout_graceful_shutdown=int(GRACE_SECONDS),
+            proxy_headers=False,  # it would let anybody on this machine say who he is
         )  # fmt: skip
         self._uvicorn = server = _Uvicorn(config, started, lambda: self.meter.in_flight)
         front.start()
+        self.directory.start()
+        self.ledger.start()
+        self.alerts.start()
         self.reloads.start()
+        self._keep_secrets()
         preload = asyncio.create_task(self._preload())
         with server.signals():
             try:
@@ -222,8 +294,18 @@ class Server:
             finally:
                 preload.cancel()
                 self.reloads.stop()
+                self.credentials.stop()
                 front.stop()
                 await self._close()
+
+    def _keep_secrets(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def again() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(self.rekey)
+
+        self.credentials.start(lambda: self.settings.secrets_refresh, again)
 
     def _default_models(self) -> dict[str, str]:
         """The default models and how far they are; one that is not installed is missing until it is pulled."""
@@ -246,13 +328,16 @@ class Server:
     async def _close(self) -> None:
         self.cache.close()
         self.route.close()
+        self.admit.close()
+        await asyncio.to_thread(self.alerts.stop)
         for engine in self.engines:
             await engine.close()
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
         if self.access_log is not None:
             self.access_log.close()
-        self.ledger.close()
+        await asyncio.to_thread(self.ledger.close)
+        await asyncio.to_thread(self.directory.stop)
         self.database.dispose()
 
     def stop(self) -> None:
@@ -314,25 +399,32 @@ class Far(msgspec.Struct, frozen=True):
     """The engine of an upstream, and what it was made from."""
 
     upstream: config.Upstream
-    key: str | None
     trusted: tuple[tuple[int, int, int] | None, ...]  # the fingerprint of its tls_ca
     engine: Upstream
 
 
-def far_engines(settings: Settings, before: Mapping[str, Far]) -> dict[str, Far]:
-    """The engines of the upstreams; those whose settings, key and certificates are as they were are taken over."""
+def far_engines(settings: Settings, before: Mapping[str, Far], credentials: Credentials) -> dict[str, Far]:
+    """The engines of the upstreams; those whose settings and certificates are as they were are taken over, and are to
+    be given their keys again. Raises SettingsError."""
     found = {}
     for name, upstream in settings.upstreams.items():
-        key = reference(upstream.key, f"upstreams.{name}.key")
+        key, headers = credentials.key(upstream), credentials.headers(upstream)
         trusted = fingerprint([os.path.expanduser(upstream.tls_ca)] if upstream.tls_ca else [])
         old = before.get(name)
-        if old is not None and (old.upstream, old.key, old.trusted) == (upstream, key, trusted):
+        if old is not None and (old.upstream, old.trusted) == (upstream, trusted):
+            header_lines(name, upstream, key, headers)  # raises what rekey would, while nothing has changed
             found[name] = old
             continue
-        found[name] = Far(upstream, key, trusted, Upstream(name, upstream, key))
+        found[name] = Far(upstream, trusted, Upstream(name, upstream, key, headers=headers))
         if old is not None and old.upstream.base_url == upstream.base_url:
             found[name].engine.inherit(old.engine)
     return found
+
+
+def secret_metrics(credentials: Credentials) -> list[str]:
+    """The lines of its figures, for /metrics."""
+    reads = [({"result": "ok"}, credentials.read), ({"result": "failed"}, credentials.failed)]
+    return family("tertulia_secret_reads_total", COUNTER, "Times a secret of an upstream was read.", reads)
 
 
 def mocks(settings: Settings) -> list[Engine]:
@@ -397,10 +489,35 @@ def _of_nobody(settings: Settings, name: str, upstream: config.Upstream) -> Iter
                 yield setting, model
 
 
-def limits(settings: Settings) -> tuple[int, int, int | None]:
-    """Of one project: requests and tokens a minute, and nano-dollars a month."""
-    spend = None if settings.spend_limit is None else round(settings.spend_limit * NANO)
-    return settings.requests_per_minute, settings.tokens_per_minute, spend
+def channels(settings: Settings, credentials: Credentials) -> list[Channel]:
+    """Where spend alerts go. Raises SettingsError."""
+    found: list[Channel] = []
+    if settings.alert_webhook is not None:
+        if settings.alert_webhook_secret is None:
+            raise SettingsError("alert_webhook: it needs alert_webhook_secret, a reference to what signs its events")
+        found.append(Webhook(settings.alert_webhook, partial(credentials.value, settings.alert_webhook_secret)))
+    if settings.alert_smtp is not None:
+        password = partial(credentials.value, settings.alert_smtp_password)
+        found.append(Mail(settings.alert_smtp, password, settings.alert_from))
+    return found
+
+
+def rules(settings: Settings) -> Rules:
+    """The limits of projects that have none of their own, and what they are like."""
+    return Rules(
+        settings.requests_per_minute, settings.tokens_per_minute, settings.requests_per_day or NO_LIMIT,
+        settings.concurrent_requests or NO_LIMIT,
+        None if settings.spend_limit is None else round(settings.spend_limit * NANO), settings.observe_only,
+        settings.unknown_price == "refuse", settings.reserve_output,
+    )  # fmt: skip
+
+
+def rate_limit(settings: Settings) -> RateLimit:
+    """Of a project and model that have none of their own."""
+    return RateLimit(
+        settings.requests_per_minute, settings.tokens_per_minute, settings.requests_per_day,
+        settings.concurrent_requests, settings.observe_only,
+    )  # fmt: skip
 
 
 def addresses(settings: Settings) -> dict[str, str]:
@@ -550,23 +667,6 @@ def shelf_of(settings: Settings) -> Shelf:
     return Shelf(prepare_data(settings.data_dir) / "models")
 
 
-def reference(text: str | None, setting: str) -> str | None:
-    """The secret behind env:NAME or file:PATH. Raises SettingsError that never holds the secret."""
-    if text is None:
-        return None
-    kind, _, rest = text.partition(":")
-    if kind == "env":
-        if not os.environ.get(rest):
-            raise SettingsError(f"{setting}: the environment variable {rest} is not set")
-        return os.environ[rest]
-    if kind == "file":
-        try:
-            return Path(rest).expanduser().read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise SettingsError(f"{setting}: {rest} cannot be read ({error.strerror})") from None
-    raise SettingsError(f"{setting}: expected env:NAME or file:PATH, not the key itself")
-
-
 def prepare_data(data: Path) -> Path:
     """Makes the data directory, readable by its owner only. Raises SettingsError."""
     try:
@@ -586,14 +686,21 @@ def ensure_keys(directory: Directory, settings: Settings) -> None:
         if checked(key, "admin_key" if kind == "admin" else "api_key") is None:
             continue
         assert key is not None
+        name = "admin_key" if kind == "admin" else "api_key"
         try:
             found = directory.authenticate(key.encode())
         except Unauthorized:
             organization, project = directory.home()
-            directory.add_key(key, kind, organization, project if kind == "project" else None, "From the settings")
+            try:
+                directory.add_key(key, kind, organization, project if kind == "project" else None, "From the settings")
+            except Conflict:  # it is one already, and was refused
+                raise SettingsError(
+                    f"{name}: this key was revoked, has expired, or belongs to a project that is archived. "
+                    "Give another one, or none."
+                ) from None
         else:
             if found.kind != kind:
-                raise SettingsError(f"{'admin' if kind == 'admin' else 'api'}_key: this key is of the other kind.")
+                raise SettingsError(f"{name}: this key is of the other kind.")
 
 
 def raise_file_limit(connections: int) -> int:

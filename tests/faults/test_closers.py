@@ -33,7 +33,7 @@ from tertulia.core import (
 )  # fmt: skip
 from tertulia.engines.base import Collector
 from tertulia.errors import EngineFailed
-from tertulia.gateway.admit import Admit
+from tertulia.gateway.admit import Admit, Rules
 from tertulia.gateway.cache import Cache
 from tertulia.gateway.meter import Meter
 from tertulia.gateway.names import Names
@@ -71,6 +71,7 @@ class Scripted:
 
     def answer(self, call: Call) -> None:
         self.calls.append(call)
+        call.sending()
         call.reply.on_close(self.told.append)
 
     def models(self) -> Sequence[ModelCard]:
@@ -93,7 +94,7 @@ class House:
         self.ledger = Ledger(data)
         prices = Prices({})
         self.meter = Meter(self.ledger)
-        self.admit = Admit(1000, 1_000_000, None, prices, {})
+        self.admit = Admit(Rules(1000, 1_000_000), prices, {})
         self.route = Route(settings, self.names)
         self.told: dict[int, list[str]] = {}
         stages: list[Stage] = [self.meter, check, self.admit, Cache(settings, data), self.route]
@@ -145,9 +146,9 @@ def check_all_told(house: House, way: str) -> None:
     assert all(live.in_flight == 0 for live in house.route.targets)
     (entry,) = house.ledger.entries()
     assert entry.outcome == way and entry.id == "req_1"
-    state = house.who.state
+    allowance = house.who.state.allowances["scripted"]
     used = entry.prompt_tokens + entry.completion_tokens
-    assert 0 <= state.tokens.limit - state.tokens.level - used <= 1, "a reservation stayed"
+    assert (allowance.tokens, allowance.in_flight) == (used, 0), "a reservation stayed"
 
 
 def play(data: Path, more: dict[str, Any], stream: bool, pieces: Sequence[bytes], last: bytes, way: str) -> House:

@@ -125,7 +125,8 @@ def by_id(path: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for line in path.read_text().rstrip("\0").splitlines():  # a journal in use has room kept behind its last line
         entry = json.loads(line)
-        found.setdefault(entry["id"], []).append(entry)
+        if "open" not in entry:  # an intent, which has an entry of its own
+            found.setdefault(entry["id"], []).append(entry)
     return found
 
 
@@ -151,7 +152,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         asked: dict[str, int] = {}
         for mock in (first, secure, spare):
             asked |= mock.counts()["models"]
-        ledger, log = by_id(data / "ledger.jsonl"), by_id(data / "access.log")
+        ledger, log = by_id(data / "ledger" / "000001.jsonl"), by_id(data / "access.log")
         yield World(served, first, secure, spare, answers, ledger, log, asked)
 
 
@@ -225,16 +226,19 @@ def test_it_is_answered_once(world: World, cell: Cell) -> None:
 @each
 def test_it_is_accounted_once(world: World, cell: Cell) -> None:
     answer, promised = world.answer(cell), expected(cell)
-    (line,), (entry,) = world.log[answer.id], world.ledger[answer.id]
-    for found in (line, entry):
+    (line,), entries = world.log[answer.id], world.ledger.get(answer.id, [])
+    sent = world.asked.get(theirs(cell), 0) + world.asked.get(f"good/{cell.name}", 0)
+    assert [entry["attempt"] for entry in entries] == [*range(1, sent + 1)]  # each that reached somebody, and no other
+    assert all(entry["outcome"] == "failed" and "error" in entry for entry in entries[:-1])
+    for found in (line, *entries[-1:]):
         assert (found["status"], found["outcome"], found["asked"]) == (promised.status, promised.ledger, cell.name)
-        assert found["attempts"] == promised.attempts and found.get("error") == promised.code
-    check_tokens(cell, promised, entry)
+        assert found["attempt"] == sent and found.get("error") == promised.code
+    check_tokens(cell, promised, entries)
 
 
-def check_tokens(cell: Cell, promised: Outcome, entry: dict[str, Any]) -> None:
+def check_tokens(cell: Cell, promised: Outcome, entries: list[dict[str, Any]]) -> None:
     """Those of a stream that broke are nobody's to say exactly: they are counted by whoever passed them on."""
-    prompt, completion = entry.get("prompt_tokens", 0), entry.get("completion_tokens", 0)
+    prompt, completion = (sum(entry.get(f"{kind}_tokens", 0) for entry in entries) for kind in ("prompt", "completion"))
     if promised.ending == "error":
         assert (prompt, completion) == (0, 0)
     elif promised.ending == "event":

@@ -500,7 +500,7 @@ def test_no_prompt_and_no_key_in_any_log(tmp_path: Path) -> None:
     assert [line["status"] for line in lines] == [401, 200, 200, 200, 200, 400, 500, 400]
     assert {line["task"] for line in lines} == {"chat", "completion", "embedding"}
     written = {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()}
-    assert {"access.log", "stderr.log", "ledger.jsonl"} <= {path.name for path in written}
+    assert {"access.log", "stderr.log", "000001.jsonl"} <= {path.name for path in written}
     assert any(content.startswith(b"SQLite format 3") for content in written.values())
     for path, content in written.items():
         assert secret.encode() not in content and stranger.encode() not in content, path

@@ -127,7 +127,8 @@ def test_every_command_in_the_docs_exists(where: str, text: str) -> None:
     for line in text.splitlines():
         words = re.sub(r"\s#.*", "", line).split()
         if words[:1] == ["tertulia"]:
-            options = {flag for action in commands[words[1]]._actions for flag in action.option_strings}
+            name = next(name for name in commands if words[1:][: len(name.split())] == name.split())
+            options = {flag for action in commands[name]._actions for flag in action.option_strings}
             assert {word for word in words if word.startswith("-")} <= options, line
         elif words[:1] == ["make"]:
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), line
@@ -138,4 +139,4 @@ def test_architecture_lists_every_room() -> None:
     for module in MODULES.values():
         if module.room and module.room != "__main__":
             assert re.search(rf"\b{module.room}\b", text), module.room
-    assert len(text.split()) < 1400, "two pages"
+    assert len(text.split()) < 1700, "two pages and a half"

@@ -13,7 +13,7 @@ from house.sources import MODULES, Module, imports
 
 # From top to bottom; docs/ARCHITECTURE.md shows the same list. A room may import those below it, and itself.
 ROOMS = [
-    ("", "cli", "repl", "doctor", "inprocess", "testing", "__main__"),
+    ("", "cli", "keys", "repl", "doctor", "inprocess", "testing", "__main__"),
     ("server", "reload"),
     ("api", "importers"),
     ("dialogue", "knowledge", "jobs"),
@@ -22,7 +22,7 @@ ROOMS = [
     ("accounts",),
     ("engines",),
     ("store",),
-    ("core", "call", "turns", "config", "errors"),
+    ("core", "call", "direct", "turns", "config", "errors"),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 BOTTOM = {"core": {"call", "errors"}, "call": {"errors"}, "config": {"core", "errors"}, "errors": set()}

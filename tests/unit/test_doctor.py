@@ -24,7 +24,7 @@ from tertulia.accounts.directory import Directory
 from tertulia.config import LocalModel, Settings, Upstream
 from tertulia.doctor import FAIL, OK, WARN, Check, Finding, Patient
 from tertulia.engines import gguf
-from tertulia.store.database import SCHEMA, open_database
+from tertulia.store.database import HEAD, open_database
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def data(tmp_path: Path) -> Path:
     Directory(database, data)
     database.dispose()
     (data / "client.env").touch(0o600)
-    (data / "ledger.jsonl").touch(0o600)
+    (data / "ledger").mkdir(0o700)
     return data
 
 
@@ -67,7 +67,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 def test_a_sound_installation_has_nothing_wrong_and_is_left_as_it_was(data: Path) -> None:
-    before = {path.name: path.read_bytes() for path in data.iterdir()}
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
     done = command("--data", str(data))
     assert done.returncode == 0, done.stdout + done.stderr
     assert not done.stderr and ", 0 wrong" in done.stdout and "fail" not in done.stdout
@@ -85,7 +85,7 @@ def test_a_sound_installation_has_nothing_wrong_and_is_left_as_it_was(data: Path
         "port",
     ):
         assert any(line.split()[1] == check for line in done.stdout.splitlines() if line.strip()), check
-    assert {path.name: path.read_bytes() for path in data.iterdir()} == before
+    assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
 
 
 def test_many_things_wrong_at_once_are_all_said(data: Path, tmp_path: Path) -> None:
@@ -195,14 +195,15 @@ def test_files_with_secrets(data: Path) -> None:
 
 def test_databases(data: Path) -> None:
     path = data / "tertulia.db"
-    assert f"schema version {SCHEMA}" in look(doctor.database, data)[0].what
+    assert f"schema version {HEAD}" in look(doctor.database, data)[0].what
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE schema_version SET version = 999")
-    assert "999" in only(look(doctor.database, data), FAIL).what
+        connection.execute("UPDATE alembic_version SET version_num = '0999'")
+    assert "0999" in only(look(doctor.database, data), FAIL).what
     path.write_bytes(b"this is no database at all, " * 400)
     assert "file is not a database" in only(look(doctor.database, data), FAIL).what
     path.unlink()
     assert all_ok(look(doctor.database, data)) and not path.exists()
+    assert look(doctor.database, data, database=f"sqlite:///{path}")[0].state == FAIL and not path.exists()
 
 
 def test_a_damaged_page_of_the_database(data: Path) -> None:
@@ -222,15 +223,19 @@ def test_the_password_of_a_database_is_not_shown(data: Path) -> None:
 
 def test_a_damaged_journal(data: Path) -> None:
     entry = {
-        "id": "req_1", "at": 1.5, "key": "key_1", "project": "proj_1", "task": "chat", "asked": "mock", "model": "mock",
-        "status": 200, "outcome": "finished", "ms": 1.25,
+        "id": "req_1", "attempt": 1, "at": 1.5, "key": "key_1", "project": "proj_1", "task": "chat", "asked": "mock",
+        "model": "mock", "status": 200, "outcome": "finished", "ms": 1.25,
     }  # fmt: skip
     good = json.dumps(entry).encode() + b"\n"
-    journal = data / "ledger.jsonl"
-    journal.write_bytes(good * 3)
+    intent = json.dumps({
+        "open": "req_9", "attempt": 1, "at": 1.5, "key": "k", "project": "p", "task": "chat", "asked": "a",
+        "model": "m", "target": "t",
+    }).encode() + b"\n"  # fmt: skip
+    journal = data / "ledger" / "000001.jsonl"
+    journal.write_bytes(good * 3 + intent)
     assert look(doctor.journal, data) == [Finding("journal", OK, "3 entries")]
     journal.write_bytes(good + b'{"id":"req_2","at"\n' + good + bytes(9))
-    assert "1 of 3 lines are damaged, the first is line 2" in only(look(doctor.journal, data), WARN).what
+    assert "1 of 3 entries are damaged" in only(look(doctor.journal, data), WARN).what
 
 
 # What is configured ---------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ EXPECTED = {
     "RateLimited": (429, "requests", "rate_limit_exceeded", True),
     "QuotaExceeded": (429, "insufficient_quota", "insufficient_quota", False),
     "Overloaded": (503, "service_unavailable_error", "server_is_overloaded", True),
+    "Unavailable": (503, "service_unavailable_error", "database_unavailable", True),
     "DeadlineExceeded": (504, "server_error", "deadline_exceeded", None),
     "EngineFailed": (502, "server_error", "engine_failed", True),
     "BadUpstreamAnswer": (502, "server_error", "bad_upstream_answer", True),

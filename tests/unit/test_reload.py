@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from mission.front import CERTIFICATE
+from tertulia.accounts.credentials import Credentials
 from tertulia.config import Settings, Upstream
 from tertulia.errors import SettingsError
 from tertulia.gateway.names import Names
@@ -78,10 +79,10 @@ def test_an_upstream_whose_certificates_changed_is_made_anew(tmp_path: Path) -> 
     ca = tmp_path / "ca.pem"
     ca.write_bytes(CERTIFICATE.read_bytes())
     settings = Settings(upstreams={"u": Upstream(base_url="https://far.example/v1", tls_ca=str(ca))})
-    first = far_engines(settings, {})
-    assert far_engines(settings, first)["u"] is first["u"]
+    first = far_engines(settings, {}, Credentials())
+    assert far_engines(settings, first, Credentials())["u"] is first["u"]
     ca.write_bytes(CERTIFICATE.read_bytes() + b"\n")
-    second = far_engines(settings, first)["u"]
+    second = far_engines(settings, first, Credentials())["u"]
     assert second is not first["u"] and second.engine.pool is not first["u"].engine.pool
 
 
@@ -101,7 +102,7 @@ def test_what_is_said_of_a_model_that_an_upstream_does_not_have(tmp_path: Path, 
     settings = msgspec.convert({"data": str(tmp_path), "upstreams": {"u": given}, "routes": routes, **models}, Settings)
     if said is None:
         check_models(settings)
-        names = Names.of(settings, [*mocks(settings), far_engines(settings, {})["u"].engine])
+        names = Names.of(settings, [*mocks(settings), far_engines(settings, {}, Credentials())["u"].engine])
         lines = idle_names(settings, names, ())
         assert lines == (["upstreams.u.prices.n: no model of it can have that name"] if "discover" in far else [])
         return

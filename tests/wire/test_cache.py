@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import insert
 
 from conftest import Served, serve
+from tertulia.accounts.audit import local
 from tertulia.config import load
 from tertulia.server import Server
-from tertulia.store.database import projects
 
 CROWD = 500
 WORDS = 8
@@ -141,12 +140,8 @@ def two_projects(data: Path) -> tuple[str, str]:
     keys = f"sk-test-{secrets.token_hex(16)}", f"sk-test-{secrets.token_hex(16)}"
     server = Server(load({"data": str(data), "api_key": keys[0]}, {}))
     organization, _ = server.directory.home()
-    with server.database.begin() as connection:
-        connection.execute(
-            insert(projects).values(
-                id="proj_second", organization_id=organization, name="Second", created_at=int(time.time()) + 1000
-            )
-        )
+    with server.directory.change(local("test")) as change:
+        change.create("project", organization, {"name": "Second"}, id="proj_second")
     server.directory.add_key(keys[1], "project", organization, "proj_second", "second")
     server.database.dispose()
     return keys
@@ -190,7 +185,7 @@ def test_a_crowd_with_one_question_reaches_the_upstream_once(tmp_path: Path, str
         lines = entries(served)
         assert len(lines) == CROWD + 1 and all(line["completion_tokens"] == WORDS for line in lines)
         assert Counter(line["cache"] for line in lines) == how + Counter({"hit": 1})
-        assert sum(line.get("attempts", 0) for line in lines) == 1
+        assert sum(line.get("attempt", 0) for line in lines) == 1
 
     through(tmp_path, test, upstream={"delay": 1.5})
 

@@ -42,6 +42,7 @@ def test_a_program_runs_as_it_stands(text: str, server: Served, model_files: Pat
     (tmp_path / "program.py").write_text(text, encoding="utf-8")
     done = run(
         ["program.py"], tmp_path, OPENAI_BASE_URL=server.base_url, OPENAI_API_KEY=server.api_key,
+        OPENAI_ADMIN_KEY=server.admin_key,
         TERTULIA_DATA=str(with_models(tmp_path / "data", model_files)), HOME=str(tmp_path),
     )  # fmt: skip
     if "print(" in text:

@@ -6,12 +6,12 @@ import json
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from conftest import Served, serve
 from lines import Line, request, said
+from tertulia.store.journal import read
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +85,8 @@ def test_a_call_that_was_answered_before_the_refusal_is_accounted(impatient: Ser
     line.answer()
     line.socket.close()
     time.sleep(0.5)
-    entries = [
-        json.loads(one) for one in (Path(impatient.data) / "ledger.jsonl").read_bytes().rstrip(b"\0").splitlines()
-    ]
-    assert [one["outcome"] for one in entries if one["id"] == headers["x-request-id"]] == ["finished"]
+    entries = [json.loads(one) for one in read(impatient.data / "ledger")]
+    assert [one["outcome"] for one in entries if one.get("id") == headers["x-request-id"]] == ["finished"]
 
 
 def test_a_body_behind_an_upgrade_is_not_the_next_request(impatient: Served) -> None:

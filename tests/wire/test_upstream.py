@@ -173,12 +173,12 @@ def test_usage_of_an_upstream_reaches_the_ledger(gateway: Served, far: Upstream)
     """And is hidden from a caller who did not ask for it."""
     far.script = streamed(EVENTS)
     assert ask(gateway, stream=True) == (200, b"".join([*EVENTS[:2], EVENTS[3]]))
-    entry = json.loads(list(read(gateway.data / "ledger.jsonl"))[-1])
+    entry = json.loads(list(read(gateway.data / "ledger"))[-1])
     assert (entry["prompt_tokens"], entry["completion_tokens"], entry["outcome"]) == (3, 4, "finished")
     assert (entry["asked"], entry["model"], entry["target"], "fallback" in entry) == ("far", "far", "far", False)
     far.script = streamed(EVENTS[:1])
     ask(gateway, stream=True)
-    entry = json.loads(list(read(gateway.data / "ledger.jsonl"))[-1])
+    entry = json.loads(list(read(gateway.data / "ledger"))[-1])
     assert (entry["completion_tokens"], entry["outcome"], entry["estimated"]) == (1, "failed", True)
 
 

@@ -1,59 +1,196 @@
-"""What was used and what it cost: one entry per call that reached an engine, appended to a journal before the answer's
-last byte leaves. At start the journal is read back, so that money spent stays spent over a kill.
+"""What was used and what it cost: one entry per attempt at a call, appended to a journal before the answer's last byte
+leaves. An intent stands before it, written before the attempt's first byte left: at start an intent without its entry,
+of a process that was killed, becomes one. From the journal the entries are folded into the database (fold).
+
+This module is on the way of every call: what is slow or needs the database is in fold.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..store.journal import Journal
-from .entry import Entry, line_of, read_line
+from ..store.journal import PLACE, Journal, batches, remove, segments
+from .entry import OPEN, Entry, Intent, line_of, read_intent, read_line, read_name
+from .fold import Admitted, Fold, month_of
+
+if TYPE_CHECKING:
+    from ..store.database import Database
 
 log = logging.getLogger("tertulia.accounts")
+SEVERAL_MINUTES = 600.0
 
 
 class Ledger:
     """Appends entries; knows what each project has spent this calendar month (UTC)."""
 
-    def __init__(self, data: Path) -> None:
-        self._journal = Journal(data / "ledger.jsonl")
+    def __init__(
+        self, data: Path, database: Database | None = None, *, flush_seconds: float = 1.0, fold_seconds: float = 30.0,
+        days: int = 0,
+    ) -> None:  # fmt: skip
+        """Opens the journal in data and accounts for what a killed process had under way. Without a database nothing is
+        folded; with one, nothing before start(). Raises OSError."""
+        self._journal = Journal(data / "ledger", flush_seconds)
+        self._segment = self._journal.segment
+        self._open: set[str] = set()  # attempts without an entry whose intents are in the newest segment
+        self._older: list[tuple[int, set[str]]] = []  # the same of older segments that had some when they were full
+        self.interrupted = self._recover()
+        if self._journal.stopped is not None:
+            log.warning(
+                "the machine stopped under the ledger: entries of its last %g s (flush_seconds) may be missing",
+                self._journal.stopped,
+            )
+        self.fold: Fold | None = None
+        if database is not None:
+            self.fold = Fold(self._journal, database, writer_name(data), fold_seconds, days, self._tidy)
+
+    def start(self) -> None:
+        """Begins to fold, now and then, in a thread."""
+        if self.fold is not None:
+            self.fold.start()
+
+    def intend(
+        self, id: str, attempt: int, key: str, project: str, task: str, asked: str, model: str, target: str,
+        prompt_tokens: int, hold: int, output_tokens: int = 0,
+    ) -> None:  # fmt: skip
+        """An attempt is about to leave. Raises OSError when that cannot be written; then it must not."""
+        intent = Intent(
+            id, attempt, time.time(), key, project, task, asked, model, target, prompt_tokens, hold, output_tokens
+        )
+        segment = self._journal.append(line_of(intent))
+        if segment != self._segment:
+            self._turn(segment)
+        self._open.add(id if attempt == 1 else f"{id}/{attempt}")
 
     def append(self, entry: Entry) -> bytes:
-        """Returns the line that was written."""
-        line = line_of(entry)
+        """Returns the line that was written. Raises OSError."""
+        line: bytes = line_of(entry)
         self._journal.append(line)
+        attempt: int = entry.attempt
+        if attempt:
+            id: str = entry.id
+            name = id if attempt == 1 else f"{id}/{attempt}"
+            if name in self._open:
+                self._open.remove(name)
+            elif self._older:
+                self._settle_older(name)
         return line
+
+    def _turn(self, segment: int) -> None:
+        """The journal has begun a new segment."""
+        if self._open:
+            self._older.append((self._segment, self._open))
+            self._open = set()
+        self._segment = segment
+
+    def _settle_older(self, name: str) -> None:
+        for at, (_, names) in enumerate(self._older):
+            if name in names:
+                names.remove(name)
+                if not names:
+                    del self._older[at]
+                return
+
+    def _recover(self) -> int:
+        """Makes entries of the intents that have none; how many. Killed on the way, it is done again for the rest."""
+        intents: dict[tuple[str, int], Intent] = {}
+        for _, lines, _ in batches(self._journal.path):
+            for line in lines:
+                try:
+                    if line.startswith(OPEN):
+                        intent = read_intent(line)
+                        intents[intent.open, intent.attempt] = intent
+                    else:
+                        named = read_name(line)
+                        intents.pop((named.id, named.attempt), None)
+                except (msgspec.MsgspecError, UnicodeDecodeError):
+                    continue  # torn by a crash or a full disk; told when it is folded
+        for intent in intents.values():
+            self._journal.append(line_of(intent.interrupted()))
+        if intents:
+            log.warning(
+                "%d attempts had no end when the last process ended: they are charged what was reserved", len(intents)
+            )
+        return len(intents)
+
+    def _tidy(self, position: int) -> None:
+        """Removes the oldest segments of which all is in the database before position and no attempt is under way."""
+        held = self._segment  # read before _older, which the loop's thread changes first
+        held = min((number for number, _ in self._older.copy()), default=held)
+        for number in segments(self._journal.path):
+            if number >= held or number >= position >> PLACE:
+                return  # strictly the oldest first: no intent is left behind whose entry was in a later one
+            remove(self._journal.path, number)
 
     def spent(self) -> dict[str, int]:
         """Nano-dollars by project, this month."""
-        month = time.strftime("%Y-%m", time.gmtime())
+        position = 0
         spent: dict[str, int] = {}
-        for entry in self._entries():
-            if entry.cost and time.strftime("%Y-%m", time.gmtime(entry.at)) == month:
+        month = month_of(time.time())
+        if self.fold is not None:
+            position, spent = self.fold.spent(month)
+        for entry in self._entries(position):
+            if entry.cost and entry.at >= month:
                 spent[entry.project] = spent.get(entry.project, 0) + entry.cost
         return spent
 
-    def entries(self) -> list[Entry]:
-        """All of them, oldest first."""
-        return list(self._entries())
+    def admitted(self, seconds: float) -> list[Admitted]:
+        """What was admitted in the last so many seconds, oldest first: for limits that count over a restart. Over more
+        than some minutes, what is in the database is told by the quarter of an hour."""
+        position, now = 0, time.time()
+        found: list[Admitted] = []
+        if self.fold is not None:
+            position, found = self.fold.admitted(now - seconds, seconds > SEVERAL_MINUTES)
+        for entry in self._entries(position):
+            began = entry.at - entry.ms / 1000
+            if began > now - seconds:
+                tokens = entry.prompt_tokens + entry.completion_tokens if entry.attempt else 0
+                found.append(Admitted(began, entry.project, entry.asked, 1 if entry.attempt <= 1 else 0, tokens))
+        return sorted(found)
 
-    def _entries(self) -> Iterator[Entry]:
-        damaged: list[int] = []
-        for number, line in enumerate(self._journal.lines(), 1):
-            try:
-                yield read_line(line)
-            except (msgspec.MsgspecError, UnicodeDecodeError):
-                # torn by a crash or a full disk; broken lines must not keep the server from starting
-                damaged.append(number)
-        if damaged:
-            more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
-            lines = ", ".join(map(str, damaged[:3])) + more
-            log.warning("damaged lines of the ledger's journal were left out: %s", lines)
+    def entries(self) -> list[Entry]:
+        """Those in the journal, oldest first: what has been folded goes, a segment at a time."""
+        return list(self._entries(0))
+
+    def _entries(self, position: int) -> Iterator[Entry]:
+        for _, lines, _ in batches(self._journal.path, position, self._journal.end):
+            for line in lines:
+                if not line.startswith(OPEN):
+                    try:
+                        yield read_line(line)
+                    except (msgspec.MsgspecError, UnicodeDecodeError):
+                        continue  # broken lines must not keep the server from starting
+
+    def catch_up(self) -> None:
+        """Folds all there is at this moment. Raises what the database raises (store.database.FAILURES), or OSError."""
+        if self.fold is not None:
+            self.fold.now()
 
     def close(self) -> None:
+        """Folds what is left, if the database takes it, and closes the journal."""
+        if self.fold is not None:
+            self.fold.stop()
         self._journal.close()
+
+
+def writer_name(data: Path) -> str:
+    """What tells the journal of this data directory from all others; random, made once."""
+    path = data / "writer"
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        name = f"writer_{secrets.token_hex(12)}"
+        partial = path.with_name(f"writer.{os.getpid()}")
+        file = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+        os.write(file, name.encode())
+        os.fsync(file)
+        os.close(file)
+        os.rename(partial, path)
+        return name

@@ -16,6 +16,7 @@ from ..core import Call, Task
 from .fields import (
     Bias,
     Count,
+    Foreign,
     Identifier,
     Metadata,
     Model,
@@ -95,7 +96,7 @@ class ResponseFormat(msgspec.Struct):
     json_schema: JsonSchema | None = None
 
 
-class Chat(msgspec.Struct):
+class Chat(Foreign):
     """The body, decoded. Whatever else a body holds travels on in its bytes; the engine judges it."""
 
     model: Model

@@ -14,6 +14,7 @@ from .decode import decode
 from .fields import (
     Bias,
     Count,
+    Foreign,
     Identifier,
     Metadata,
     Model,
@@ -29,7 +30,7 @@ Token = Annotated[int, Meta(ge=0)]
 DEFAULT_MAX_TOKENS = 16
 
 
-class Completion(msgspec.Struct):
+class Completion(Foreign):
     """The body, decoded; prompt is None for OpenAI's default, the start of a document."""
 
     model: Model

@@ -30,6 +30,7 @@ _NOUNS = {
 _BOUND = re.compile(r"Expected `(int|float)` (>=|<=|>|<) (\S+)")
 _LENGTH = re.compile(r"Expected `(str|array|object)` of length (>=|<=) (\d+)")
 _TYPE = re.compile(r"Expected `([^`]+)`, got `([^`]+)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `([^`]+)`")
 _MISSING = re.compile(r"Object missing required field `([^`]+)`")
 _CHOICE = re.compile(r"Invalid enum value (.*)")
 
@@ -60,13 +61,18 @@ def explain(said: str, body: bytes, shape: Any) -> BadRequest:
         return BadRequest(
             f"Missing required parameter: '{spell(path)}'.", param=spell(path), code="missing_required_parameter"
         )
+    if unknown := _UNKNOWN.match(what):
+        name = spell([*path, unknown[1][:64]])
+        return BadRequest(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
     value = _value(body, path)
     param = spell(path) or None
     if bound := _BOUND.match(what):
-        return _out_of_bounds(bound[1], bound[2], bound[3], value, param)
+        return out_of_bounds(bound[1], bound[2], bound[3], value, param)
     if length := _LENGTH.match(what):
         return _wrong_length(length[1], length[2], int(length[3]), value, param)
     if wrong := _TYPE.match(what):
+        if wrong[1] == "null":  # a field that is known, and not to be given
+            return BadRequest(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
         return _wrong_type(wrong[1], wrong[2], param)
     if _CHOICE.match(what):
         return not_a_choice(value, choices(shape, path), param)
@@ -82,7 +88,8 @@ def not_a_choice(value: Any, supported: list[str], param: str | None) -> BadRequ
     )
 
 
-def _out_of_bounds(kind: str, sign: str, bound: str, value: Any, param: str | None) -> BadRequest:
+def out_of_bounds(kind: str, sign: str, bound: str, value: Any, param: str | None) -> BadRequest:
+    """Invalid 'n': integer above maximum value. kind is int or float, sign one of >=, <=, > and <."""
     noun = "integer" if kind == "int" else "decimal"
     below = sign.startswith(">")
     limit = bound[:-2] if bound.endswith(".0") else bound
@@ -140,6 +147,8 @@ def spell(path: Path) -> str:
     """messages[0].content"""
     text = ""
     for step in path:
+        if isinstance(step, str):
+            step = _short(step)  # a caller may have made it up
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
     return text
 

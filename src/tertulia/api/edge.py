@@ -10,7 +10,9 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from ..accounts.directory import Directory, check_headers
+from ..accounts import scopes
+from ..accounts.directory import Directory, check_headers, check_kind
+from ..accounts.roles import ADMIN_PATHS
 from ..core import Principal, Wishes, retry_headers
 from ..errors import TertuliaError, Unauthorized
 
@@ -52,6 +54,18 @@ def identify(directory: Directory, headers: Iterable[tuple[bytes, bytes]]) -> Pr
     if organization is not None or project is not None:
         check_headers(who, organization, project)
     return who
+
+
+def authorize(directory: Directory, who: Principal, method: str, path: str) -> None:
+    """Whether they may do that: administration is for admin keys, as far as their owners' roles go; all else is for
+    project keys, within their scopes. Raises Forbidden."""
+    if path.startswith(ADMIN_PATHS):
+        check_kind(who, "admin")
+        directory.roles.check(who, method, path)
+    elif path.startswith("/v1/"):
+        check_kind(who, "project")
+        scopes.check(who, method, path)
+        directory.roles.check_use(who, method, path)
 
 
 WISHES = frozenset(
@@ -127,6 +141,8 @@ def guarded(app: App, directory: Directory) -> App:
         try:
             if scope["path"] not in OPEN_PATHS:
                 who = identify(directory, scope["headers"])
+                who.used = int(time.time())
+                authorize(directory, who, scope["method"], scope["path"])
             scope.setdefault("state", {})["principal"] = who
             await app(scope, receive, send_with_headers)
         except TertuliaError as error:

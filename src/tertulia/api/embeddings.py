@@ -11,12 +11,12 @@ from msgspec import Meta
 from ..core import Call, Task
 from ..errors import BadRequest
 from .decode import decode
-from .fields import Identifier, Model
+from .fields import Foreign, Identifier, Model
 
 Token = Annotated[int, Meta(ge=0)]
 
 
-class Embedding(msgspec.Struct):
+class Embedding(Foreign):
     """The body, decoded; truncate is ours: true cuts an input that is too long instead of refusing it."""
 
     model: Model

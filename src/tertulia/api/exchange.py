@@ -11,6 +11,8 @@ from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from ..accounts import scopes
+from .. import direct
 from ..accounts.directory import Directory, check_kind
 from ..core import CLIENT_LEFT, FAILED, FINISHED, NO_WISHES, NOBODY, STOPPED, Call, Principal, Reply, Task
 from ..errors import BadRequest, TertuliaError, TooLarge
@@ -45,11 +47,14 @@ class Head:
                 self.refusal = BadRequest("Compressed request bodies are not supported.")
 
     def identify(self, directory: Directory) -> Principal:
-        """Whose key it is; who and version remember it for when the same head comes again. Raises Unauthorized or
-        Forbidden."""
+        """Whose key it is; who and version remember it for when the same head comes again. Raises Unauthorized,
+        Forbidden, or Unavailable."""
+        version: int = directory.version  # before it is asked: a change meanwhile must not count as seen
         who = identify(directory, self.headers)
         check_kind(who, "project")
-        self.who, self.version = who, directory.version
+        scopes.check(who, "POST", self.task.path)
+        directory.roles.check_use(who, "POST", self.task.path)
+        self.who, self.version = who, version
         return who
 
 
@@ -222,7 +227,7 @@ class Exchange:
         if self._due:  # the head travels with the first event, in one packet
             data = self._stream_head() + data
         if not self.disconnected:
-            self.protocol.transport.write(data)
+            direct.write(self.protocol.transport, self.protocol.file, data)
 
     def _stream_head(self) -> bytes:
         self._due = False
@@ -247,7 +252,7 @@ class Exchange:
         protocol = self.protocol
         transport = protocol.transport
         self._status, self._lines, self._answer = 200, headers, data
-        transport.write(self._whole())
+        direct.write(transport, protocol.file, self._whole())
         if not self.keep_alive:
             transport.close()
         elif protocol.phase == ANSWERING and not (

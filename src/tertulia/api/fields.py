@@ -22,6 +22,18 @@ Metadata = Annotated[
 Identifier = Annotated[str, Meta(max_length=1024)]
 
 
+class Foreign(msgspec.Struct, kw_only=True):
+    """What no caller may say: where an upstream is, and with which key it is asked. Some gateways act on these fields
+    of a body, so they are refused and not passed on to what may be one."""
+
+    api_base: None = None
+    api_key: None = None
+    api_version: None = None
+    base_url: None = None
+    custom_llm_provider: None = None
+    extra_headers: None = None
+
+
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None

@@ -17,6 +17,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from .. import direct
 from ..accounts.directory import Directory
 from ..core import CLIENT_LEFT, NOBODY, STOPPED, Task
 from ..errors import BadRequest, Overloaded, TertuliaError, TooLarge
@@ -26,6 +27,7 @@ from .edge import request_id, standard_headers
 from .exchange import ANSWERING, IDLE, LEAVING, READING, Exchange, Head, Repeated, repeated, take_repeated
 
 HEAD_LIMIT = 65536  # bytes of request line and headers
+VERSIONS = ("1.1", "1.0")
 SWEEP_SECONDS = 1.0  # how often silent connections are looked for
 CROWD = 200  # connections whose memory is worth the milliseconds it takes to give it back
 AFTER_CROWD = (5.0, 65.0)  # seconds until the last have left, and until what they used upstream is closed
@@ -120,6 +122,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.peer = self.client[0] if self.client else ""
+        self.file = direct.descriptor(transport)
         self.front.connections.add(self)
         if len(self.front.connections) > self.front.max_connections:
             self._refuse(Overloaded("Too many connections are open. Please try again later.", retry_after=1))
@@ -245,6 +248,8 @@ class Protocol(HttpToolsProtocol):
         self.head_size += len(name) + len(value)
         if self.head_size > HEAD_LIMIT:
             self._refuse(TooLarge("The request's headers are too large."))
+        if not self.heading:
+            return  # what comes after a body is no header: whoever stands in front has not looked at it
         name = name.lower()
         if name == b"transfer-encoding" and value.lower() != b"chunked":
             self._refuse(BadRequest("Transfer-Encoding: only chunked is supported."))
@@ -256,6 +261,10 @@ class Protocol(HttpToolsProtocol):
             self._refuse(BadRequest(NO_UPGRADE))
         if self.transport.is_closing():
             return
+        version = self.parser.get_http_version()
+        if version not in VERSIONS:
+            self._refuse(BadRequest("The request is neither HTTP/1.1 nor HTTP/1.0."))
+            return
         task = self.front.tasks.get(self.url) or self.front.tasks.get(self.url.partition(b"?")[0])
         parser = self.parser
         if task is None or parser.get_method() != b"POST":
@@ -263,7 +272,7 @@ class Protocol(HttpToolsProtocol):
             self._cold()
             return
         existing = self.cycle
-        old = parser.get_http_version() == "1.0"
+        old = version == "1.0"
         head = Head(task, self.headers, old, not old and parser.should_keep_alive())
         self.cycle = exchange = Exchange(self, head, self.began)  # type: ignore[assignment]
         if existing is None or existing.response_complete:
@@ -301,6 +310,8 @@ class Protocol(HttpToolsProtocol):
             cycle.complete()
         else:
             super().on_message_complete()
+            if cycle.response_complete and not self.pipeline:  # it was refused before its body had come
+                self.phase, self.since = IDLE, monotonic()
 
     # between requests
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:

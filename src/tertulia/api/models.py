@@ -9,20 +9,33 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from ..core import ModelCard
+from ..errors import ModelNotFound
 from ..gateway.names import Names
 
 
 def routes(names: Names) -> list[Route]:
     async def list_models(request: Request) -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [show(card) for card in names.listed()]})
+        cards = [card for card in names.listed() if may_ask(request, card)]
+        return JSONResponse({"object": "list", "data": [show(card) for card in cards]})
 
     async def retrieve(request: Request) -> JSONResponse:
-        return JSONResponse(show(names.card(request.path_params["model"])))
+        name = request.path_params["model"]
+        card = names.card(name)
+        if not may_ask(request, card):
+            raise ModelNotFound(name)
+        return JSONResponse(show(card))
 
     return [
         Route("/v1/models", list_models, methods=["GET"]),
         Route("/v1/models/{model:path}", retrieve, methods=["GET"]),
     ]
+
+
+def may_ask(request: Request, card: ModelCard) -> bool:
+    """Whether the model permissions of the key's project leave it that model."""
+    account = request.scope["state"]["principal"].account  # an accounts.projects.Project; None for admin keys
+    permitted = account.models if account is not None else None
+    return permitted is None or permitted.permits(card.id)
 
 
 def show(card: ModelCard) -> dict[str, Any]:

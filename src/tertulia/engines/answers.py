@@ -10,6 +10,7 @@ from email.utils import parsedate_to_datetime
 from math import isfinite
 from time import time
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 
@@ -19,11 +20,14 @@ MONTH = 2_678_400.0  # seconds: no retry-after is longer
 OURS = (401, 403, 407)  # statuses that concern our key and not the caller's
 # Statuses of errors that come without one, by their type.
 TYPES = {"invalid_request_error": 400, "rate_limit_error": 429, "requests": 429, "tokens": 429}
+SHORTEST = 8  # characters of what is worth hiding: less is found in any text
+HIDDEN = b"[redacted]"
 Headers = Sequence[tuple[bytes, bytes]]
 
 
 class Details(msgspec.Struct):
     cached_tokens: int | None = 0
+    cache_write_tokens: int | None = 0
     reasoning_tokens: int | None = 0
 
 
@@ -117,6 +121,29 @@ def refusal(status: int, headers: Headers, body: bytes) -> TertuliaError:
     return error
 
 
+def forms(*secrets: str) -> tuple[bytes, ...]:
+    """Secrets as an error may have them: as they are, within JSON, and within a URL."""
+    found = {
+        form: None for secret in secrets if len(secret) >= SHORTEST
+        for form in (secret.encode(), encode(secret)[1:-1], quote(secret, safe="").encode())
+    }  # fmt: skip
+    return tuple(sorted(found, key=len, reverse=True))
+
+
+def without(body: bytes, secrets: Sequence[bytes]) -> bytes:
+    """An error's body without these forms of our secrets, however they are escaped in it."""
+    if b"\\" in body:
+        try:
+            plain = encode(msgspec.json.decode(body))
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            plain = b""
+        if any(secret in plain for secret in secrets):
+            body = plain
+    for secret in secrets:
+        body = body.replace(secret, HIDDEN)
+    return body
+
+
 def reported(error: Any) -> TertuliaError:
     """What the `error` inside an answer of status 200 means: the status is the code it has, or that of its type."""
     try:
@@ -135,7 +162,7 @@ def reported(error: Any) -> TertuliaError:
 
 def _text(code: object) -> str | None:
     """An error's code as the log has it; some servers repeat the status there, as a number."""
-    return code if isinstance(code, str) else None
+    return code[:64] if isinstance(code, str) and code.isprintable() else None
 
 
 def _header(headers: Headers, wanted: bytes) -> str:

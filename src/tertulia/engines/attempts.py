@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from ..core import BYTES_PER_TOKEN, FINISHED, Call, Usage
+from ..core import FINISHED, Call, Usage
 from ..errors import BadUpstreamAnswer, EngineFailed, TertuliaError, UpstreamTimeout
 from . import sse
 from .answers import (
@@ -31,8 +31,6 @@ from .answers import (
     parse_answer,
     parse_chunk,
     parse_object,
-    refusal,
-    reported,
 )
 from .connection import BODY_LIMIT, Connection, Pool, Stale
 from .timeouts import Timeouts
@@ -48,20 +46,22 @@ class Limits(Protocol):
     stall: Timeouts[Any]
     total: Timeouts[Any] | None
 
+    def refused(self, status: int, headers: Headers, body: bytes) -> TertuliaError: ...
+    def reported(self, error: Any) -> TertuliaError: ...
+
 
 class Attempt:
     """One request, and what Whole and Stream have in common: sending, time, failing. over: nothing of it matters any
     more; whoever sets it has taken it out of every limit of time."""
 
     __slots__ = (
-        "again", "began", "body", "connection", "headers", "limits", "over", "pieces", "prompt", "reply", "request",
+        "again", "began", "body", "call", "connection", "headers", "limits", "over", "pieces", "reply", "request",
         "size", "status", "waiting",
     )  # fmt: skip
 
     def __init__(self, limits: Limits, call: Call, request: bytes, body: bytes) -> None:
         """body is what does not travel in request, being too large to join."""
-        self.limits, self.reply, self.request, self.body = limits, call.reply, request, body
-        self.prompt = len(call.body)
+        self.limits, self.call, self.reply, self.request, self.body = limits, call, call.reply, request, body
         self.connection: Connection | None = None
         self.waiting: Timeouts[Any] | None = None
         self.over = self.began = False
@@ -96,6 +96,12 @@ class Attempt:
         if self.over:  # it had ended when it came here
             self.limits.pool.give_back(connection)
             return
+        try:
+            self.call.sending()
+        except BaseException:  # it cannot be accounted for, and is not sent
+            self.limits.pool.give_back(connection)
+            self._release()
+            raise
         self.connection = reply.source = connection
         self.waiting = self.limits.first
         self.waiting.add(self)
@@ -120,7 +126,7 @@ class Attempt:
         if not self.over:
             self._release()
             self._leave()
-            self.account()
+            self.account(cut=True)
 
     def fail(self, error: TertuliaError) -> None:
         if not self.over:
@@ -134,8 +140,9 @@ class Attempt:
             self.connection.cancel()
             self.connection = None
 
-    def account(self) -> None:
-        """Says what was used, where the upstream has not and something was."""
+    def account(self, cut: bool = False) -> None:
+        """Says what was used, where the upstream has not and something was. cut: it was we who broke the answer off,
+        and the upstream may well have gone on."""
 
     # time
     def no_beginning(self) -> None:
@@ -187,6 +194,7 @@ class Attempt:
             return
         if isinstance(error, Stale):
             self.limits.first.remove(self)
+            self.call.lost(error)
             self.again = asyncio.get_running_loop().create_task(self._ask_again())
         else:
             self.fail(error)
@@ -212,6 +220,14 @@ class Whole(Attempt):
     def taker(self) -> Callable[[bytes], None]:
         return self.whole
 
+    def account(self, cut: bool = False) -> None:
+        """What it would have said nobody knows, or whether it has. Where that costs money, it is what was reserved for
+        it: at most."""
+        call = self.call
+        if call.open and (self.status == 200 or (cut and self.status == 0)):
+            output = call.output_tokens if call.hold else 0
+            self.reply.usage = Usage(call.prompt_tokens, output, estimated=True)
+
     def end(self) -> None:
         if self.over:
             return
@@ -221,7 +237,7 @@ class Whole(Attempt):
             return
         self.connection = None
         self._release()
-        self.reply.fail(refusal(self.status, self.headers, body))
+        self.reply.fail(self.limits.refused(self.status, self.headers, body))
 
     def whole(self, body: bytes) -> None:
         """All of an answer with status 200."""
@@ -232,10 +248,11 @@ class Whole(Attempt):
         try:
             answer = read_answer(body)
         except (msgspec.MsgspecError, UnicodeDecodeError):
+            self.account()
             self.reply.fail(BadUpstreamAnswer("The upstream's answer is not JSON."))
             return
         if answer.error:
-            self.reply.fail(reported(answer.error))
+            self.reply.fail(self.limits.reported(answer.error))
             return
         reply = self.reply
         if answer.usage is not None:
@@ -361,7 +378,7 @@ class Stream(Attempt):
         except (ValueError, msgspec.MsgspecError):  # UnicodeDecodeError is a ValueError
             raise BadUpstreamAnswer("The upstream sent an event that is not JSON.") from None
         if chunk.error:
-            raise reported(chunk.error)
+            raise self.limits.reported(chunk.error)
         return self._note(chunk)
 
     def end(self) -> None:
@@ -394,16 +411,18 @@ class Stream(Attempt):
     def _no_stream(self) -> TertuliaError:
         body = b"".join(self.pieces)
         if self.status != 200:
-            return refusal(self.status, self.headers, body)
+            return self.limits.refused(self.status, self.headers, body)
         try:
             error = parse_object(body).error
         except (msgspec.MsgspecError, UnicodeDecodeError):
             error = None
-        return reported(error) if error else BadUpstreamAnswer("The upstream answered a stream with something else.")
+        if error:
+            return self.limits.reported(error)
+        return BadUpstreamAnswer("The upstream answered a stream with something else.")
 
-    def account(self) -> None:
-        if self.events and not self.known:
-            self.reply.usage = Usage(self.prompt // BYTES_PER_TOKEN, self.events, estimated=True)
+    def account(self, cut: bool = False) -> None:
+        if (self.events or (cut and self.call.open and self.status in (0, 200))) and not self.known:
+            self.reply.usage = Usage(self.call.prompt_tokens, self.events, estimated=True)
 
     def _release(self) -> None:
         super()._release()
@@ -450,4 +469,5 @@ def counted(usage: WireUsage) -> Usage:
         usage.completion_tokens or 0,
         (prompt.cached_tokens or 0) if prompt is not None else 0,
         (completion.reasoning_tokens or 0) if completion is not None else 0,
+        cache_write_tokens=(prompt.cache_write_tokens or 0) if prompt is not None else 0,
     )

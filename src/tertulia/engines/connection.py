@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from .. import direct
 from ..errors import EngineFailed, TertuliaError, UpstreamTimeout
 from ..turns import Turns
 from .proxy import Proxy, Tunnel
@@ -67,8 +68,8 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_answered", "_extra", "_headers", "_keep", "_late", "_parser", "_paused", "_pieces", "_pool", "_receiver",
-        "_size", "_whole", "complete", "idle_since", "transport", "used",
+        "_answered", "_chunk_over", "_even", "_extra", "_file", "_headers", "_keep", "_late", "_parser", "_paused",
+        "_pieces", "_pool", "_receiver", "_size", "_whole", "complete", "idle_since", "transport", "used",
     )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
@@ -81,7 +82,10 @@ class Connection(asyncio.Protocol):
         self._headers: list[tuple[bytes, bytes]] = []
         self._pieces: list[bytes] = []
         self._size = 0  # bytes of a head that is not complete yet
+        self._file = -1
         self._answered = self._extra = self._keep = self._paused = False
+        self._chunk_over = False  # the last that the parser saw is the end of a chunk
+        self._even = False  # and nothing came after it: the next read begins with a chunk
         self.complete = False  # the last byte of the answer has come; end() follows at once
         self.idle_since = 0.0
         self.used = False  # has carried a request before: the other side may have closed it meanwhile
@@ -100,7 +104,7 @@ class Connection(asyncio.Protocol):
         if body:
             self.transport.writelines((request, body))  # one system call, and no copy of the body
         else:
-            self.transport.write(request)
+            direct.write(self.transport, self._file, request)
 
     def cancel(self) -> None:
         """Gives the call up: nothing more reaches the receiver, and the engine sees the connection close."""
@@ -128,6 +132,7 @@ class Connection(asyncio.Protocol):
     # from the transport
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
+        self._file = direct.descriptor(transport)
         self._parser = httptools.HttpResponseParser(self)
 
     def data_received(self, data: bytes) -> None:
@@ -153,6 +158,8 @@ class Connection(asyncio.Protocol):
             whole = self._whole
             if whole is not None and data.startswith(OK) and self._at_once(whole, data):
                 return
+            if self._even and self._one_chunk(data):
+                return
             self._whole = None  # it comes in more than one read
             try:
                 self._parser.feed_data(data)
@@ -164,6 +171,7 @@ class Connection(asyncio.Protocol):
                     self._break(f"The {self._pool.who}'s answer is not HTTP.")
                     return
                 self._extra = True  # the answer is whole, and something else came after it
+            self._even = self._chunk_over and data.endswith(b"\r\n")
             if self._pieces:
                 self._deliver()
             if self.complete:
@@ -190,6 +198,22 @@ class Connection(asyncio.Protocol):
         self._receiver = self._whole = None
         self._pool.give_back(self)
         whole(data[at + 4 :])
+        return True
+
+    def _one_chunk(self, data: bytes) -> bool:
+        """A read that is one chunk to the byte, where a chunk may begin, needs no parser, whose state is the same after
+        it. Most of what comes of a stream is such."""
+        at = data.find(b"\r\n", 0, 10)
+        digits = data[:at]
+        if at < 1 or not digits.isalnum():
+            return False
+        try:
+            size = int(digits, 16)
+        except ValueError:
+            return False
+        if not size or len(data) != at + size + 4 or not data.endswith(b"\r\n"):
+            return False
+        self._receiver.piece(data[at + 2 : -2])  # type: ignore[union-attr]
         return True
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -270,7 +294,14 @@ class Connection(asyncio.Protocol):
         if not self.complete:
             self._pieces.append(data)
 
+    def on_chunk_header(self) -> None:
+        self._chunk_over = False
+
+    def on_chunk_complete(self) -> None:
+        self._chunk_over = True
+
     def on_message_complete(self) -> None:
+        self._chunk_over = False
         if self._answered:
             self._keep = not self.complete and self._parser.should_keep_alive()
             self.complete = True

@@ -191,6 +191,7 @@ class Mock:
         script = asked.script()
         model = call.target.model if call.target is not None else call.model
         made = {"chat": _Chat, "completion": _Completion, "embedding": _Embedding}[call.task.name](model, asked, script)
+        call.sending()
         _Performance(call.reply, script, made, call.stream).start()
 
     def models(self) -> Sequence[ModelCard]:

@@ -21,7 +21,7 @@ import msgspec
 from .. import config
 from ..core import Call, ModelCard
 from ..errors import BadUpstreamAnswer, EngineFailed, SettingsError, TertuliaError, encode
-from .answers import Listed, parse_list, refusal
+from .answers import OURS, Headers, Listed, forms, parse_list, refusal, reported, without
 from .attempts import Attempt, Stream, Whole
 from .connection import Pool
 from .proxy import proxy_for
@@ -31,9 +31,11 @@ log = logging.getLogger("tertulia.engines.upstream")
 JOIN_LIMIT = 16384  # bytes: a larger body is written by itself, not copied behind its head
 DISCOVER_SECONDS = 300.0  # between two looks at an upstream's models
 DISCOVER_AGAIN = 1.0  # after a look that failed; then twice as long each time
+KEPT_SECRETS = 64  # forms of secrets, of today and before, that are looked for in errors
 NAME_LIMIT = 256  # characters of a model's name
 USAGE = b',"stream_options":{"include_usage":true}}'
 _PATHS = {"chat": "/chat/completions", "completion": "/completions", "embedding": "/embeddings"}
+_SECRET = re.compile("auth|cookie|key|secret|token")  # in the name of a header whose value is one
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _options = msgspec.json.Decoder(dict[str, Any] | None)
@@ -58,12 +60,16 @@ class Upstream:
         settings: config.Upstream,
         key: str | None = None,
         environment: Mapping[str, str] = os.environ,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        """environment is where the proxy is looked for. Raises SettingsError for an address that cannot be used."""
+        """environment is where the proxy is looked for; headers are those of the settings, where these refer to values.
+        Raises SettingsError for an address that cannot be used."""
         self.name = name
         self.on_models_changed: Callable[[], None] | None = None
+        self.on_key_refused: Callable[[], None] | None = None
         self._settings = settings
-        self._headers = _headers(name, settings, key)
+        self._headers = header_lines(name, settings, key, headers)
+        self._secrets = _secrets(settings, key, headers)
         self._query = f"?api-version={quote(settings.api_version, safe='')}" if settings.api_version else ""
         self.pool = _pool(name, settings, environment)
         self.first: Timeouts[Attempt] = Timeouts(settings.first_byte_timeout, lambda attempt: attempt.no_beginning())
@@ -98,6 +104,11 @@ class Upstream:
             found = self._models[ours] = self._offered[ours] = self._model(ours, model)
         return found.card
 
+    def theirs(self, model: str) -> str:
+        """Its own name for a model that we call so."""
+        found = self._models.get(model)
+        return model if found is None else found.theirs
+
     def identity(self, model: str) -> object:
         """What, beside the request, says who answers for a model that we call so, and how."""
         where = self._settings
@@ -123,6 +134,20 @@ class Upstream:
             task: self.pool.head(b"POST", f"{place}{path}{self._query}".encode(), self._headers)
             for task, path in _PATHS.items()
         }
+
+    def rekey(self, key: str | None, headers: Mapping[str, str]) -> bool:
+        """Sends another key and other headers from the next request on; whether they are others. Those under way, and
+        connections, are not disturbed. Raises SettingsError for what cannot be sent, and then nothing has changed."""
+        lines = header_lines(self.name, self._settings, key, headers)
+        if lines == self._headers:
+            return False
+        self._headers = lines
+        self._secrets = (*_secrets(self._settings, key, headers), *self._secrets)[:KEPT_SECRETS]
+        self._heads = self._heads_at("")
+        for model in (*self._models.values(), *self._offered.values()):
+            place = _deployment(self._settings, model.theirs)
+            model.heads = self._heads_at(place) if place else self._heads
+        return True
 
     async def ready(self, model: str) -> bool:
         return True  # an upstream is asked when it is needed
@@ -151,7 +176,7 @@ class Upstream:
         path = f"{_root(self._settings)}/models{self._query}"
         status, body = await self.pool.fetch("GET", path, self._headers)
         if status != 200:
-            raise refusal(status, (), body)
+            raise self.refused(status, (), body)
         try:
             return parse_list(body).data
         except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -196,6 +221,18 @@ class Upstream:
             return Stream(self, call, request, body, hide, asked.n or 1).start()
         return Whole(self, call, request, body).start()
 
+    def refused(self, status: int, headers: Headers, body: bytes) -> TertuliaError:
+        """What an answer with another status than 200 means, without our secrets in it."""
+        if status in OURS and self.on_key_refused is not None:
+            self.on_key_refused()
+        return refusal(status, headers, without(body, self._secrets))
+
+    def reported(self, error: Any) -> TertuliaError:
+        """What the `error` inside an answer of status 200 means, without our secrets in it."""
+        said = encode(error)
+        clean = without(said, self._secrets)
+        return reported(error if clean == said else msgspec.json.decode(clean))
+
     def inherit(self, other: Upstream) -> None:
         """Offers what the one it replaces had listed, until it has asked itself."""
         if self._settings.discover:
@@ -203,7 +240,7 @@ class Upstream:
 
     def retire(self) -> None:
         """No new calls come: it ends with the last that is under way."""
-        self.on_models_changed = None
+        self.on_models_changed = self.on_key_refused = None
         if self._discovery is not None:
             self._discovery.cancel()
         self.pool.retire()
@@ -263,7 +300,20 @@ def _refuse_more_than_an_address(url: str, setting: str) -> None:
         )
 
 
-def _headers(name: str, settings: config.Upstream, key: str | None) -> bytes:
+def _secrets(settings: config.Upstream, key: str | None, headers: Mapping[str, str] | None) -> tuple[bytes, ...]:
+    """What of the lines that every request has nobody is to read in an error."""
+    given = headers or {}
+    hidden = [key or ""]
+    for name, value in settings.headers.items():
+        if given.get(name, value) != value or _SECRET.search(name.lower()) is not None:
+            value = given.get(name, value)
+            hidden += [value, value.rpartition(" ")[2]]  # `Bearer KEY`
+    return forms(*hidden)
+
+
+def header_lines(
+    name: str, settings: config.Upstream, key: str | None, headers: Mapping[str, str] | None = None
+) -> bytes:
     """The lines that every request has. Raises SettingsError, without the value, for one that no header can have."""
     lines = {"content-type": "application/json", "user-agent": "tertulia"}
     if key:
@@ -274,7 +324,7 @@ def _headers(name: str, settings: config.Upstream, key: str | None) -> bytes:
         lines["openai-organization"] = settings.organization
     if settings.project:
         lines["openai-project"] = settings.project
-    for header, value in settings.headers.items():
+    for header, value in (settings.headers if headers is None else headers).items():
         lines[header.lower()] = value
     for header, value in lines.items():
         clean = header.replace("-", "").replace("_", "").isalnum() and header.isascii()

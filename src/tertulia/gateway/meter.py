@@ -9,12 +9,23 @@ from collections.abc import Awaitable, Callable
 
 from ..accounts.entry import Entry, line_of
 from ..accounts.ledger import Ledger
-from ..core import BYTES_PER_TOKEN, Call, Next, Usage
+from ..core import FAILED, Call, Next, Usage
+from ..errors import TertuliaError
 from .accesslog import AccessLog
 from .metrics import COUNTER, GAUGE, PAUSES, Histogram, family, histogram
 from .traces import Traces
 
 NOTHING = Usage()
+
+
+def _nothing(call: Call, usage: Usage) -> int:
+    return 0
+
+
+def _always(call: Call) -> bool:
+    return True
+
+
 _now = time.perf_counter_ns
 
 
@@ -50,38 +61,82 @@ class Meter:
         self.first: dict[str, Histogram] = {}  # task -> seconds to the first piece of a stream
         self.pauses = Histogram(PAUSES)  # seconds between two pieces of a stream
         self._pace = self.pauses.observe
+        self.charge: Callable[[Call, Usage], int] = _nothing  # nano-dollars of a lost attempt; admit's
+        self.may_follow: Callable[[Call], bool] = _always  # whether the limits allow for another one; admit's too
+        self._lost: dict[str, Series] = {}  # by model: what attempts used that others followed
         self.sources: list[Callable[[], list[str]]] = []
 
     def __call__(self, call: Call, following: Next) -> Awaitable[None] | None:
         self.in_flight += 1
         reply = call.reply
         reply.pace = self._pace
+        call.watch = self
         reply.on_close(lambda outcome: self._record(call, outcome))
         return following(call)
+
+    # the Watch
+    def sending(self, call: Call) -> None:
+        """Before the bytes of an attempt leave, the journal says so: an attempt is in the ledger even if we are killed
+        before it ends."""
+        who, target = call.principal, call.target
+        self._ledger.intend(
+            call.opener, call.sent + 1, who.key_id, who.project, call.task.name, call.model,
+            target.model, target.engine.name, call.prompt_tokens, call.hold, call.output_tokens,  # type: ignore[union-attr]
+        )  # fmt: skip
+        call.sent += 1
+        call.open = True
+
+    def lost(self, call: Call, error: TertuliaError) -> bool:
+        """An attempt that another one may follow has an entry of its own."""
+        usage, target, who = call.reply.usage, call.target, call.principal
+        assert target is not None
+        call.open = False
+        cost = 0
+        if usage is None:
+            usage = NOTHING
+        else:
+            cost = self.charge(call, usage)
+            usage = call.reply.usage or usage  # it may have been mended
+            call.paid += cost
+            call.used += usage.prompt_tokens + usage.completion_tokens
+            self._lost.setdefault(target.model, Series()).count(usage, 0.0)
+        self._ledger.append(
+            Entry(
+                call.opener, call.sent, time.time(), who.key_id, who.project, call.task.name, call.model, target.model,
+                error.status, FAILED, (_now() - call.began) // 10_000 / 100, call.stream, usage.prompt_tokens,
+                usage.completion_tokens, usage.cached_tokens, usage.reasoning_tokens, cost, call.cache,
+                call.wishes.retry_count, error.code, usage.estimated, call.client, target.engine.name, call.fallback,
+                call.observed, call.unpriced,
+            )
+        )  # fmt: skip
+        return self.may_follow(call)
 
     def _record(self, call: Call, outcome: str) -> None:
         self.in_flight -= 1
         reply, target, who = call.reply, call.target, call.principal
         nanoseconds = _now() - call.began
-        if call.attempts:
+        if call.sent:
             model, engine = target.model, target.engine.name  # type: ignore[union-attr]  # it was asked
         elif target is not None:
             model, engine = target.model, target.engine.name if call.cache == "joined" else ""
         else:
             model = engine = ""
-        usage = reply.usage or NOTHING
-        if usage.estimated and not usage.prompt_tokens:
-            usage = reply.usage = Usage(len(call.body) // BYTES_PER_TOKEN, usage.completion_tokens, estimated=True)
+            if not call.model.isprintable():  # only a name that nothing has may be anything
+                call.model = ascii(call.model)[1:-1]
+        usage = (reply.usage if reply.own is None else reply.own) or NOTHING
         task, error = call.task.name, reply.error
+        now = time.time()
+        who.used = int(now)
         entry = Entry(
-            call.id, time.time(), who.key_id, who.project, task, call.model, model, reply.status, outcome,
-            nanoseconds // 10_000 / 100, call.stream, usage.prompt_tokens, usage.completion_tokens,
-            usage.cached_tokens, usage.reasoning_tokens, call.cost, call.attempts, call.cache,
+            call.opener if call.open else call.id, call.sent, now, who.key_id, who.project, task, call.model,
+            model, reply.status, outcome, nanoseconds // 10_000 / 100, call.stream, usage.prompt_tokens,
+            usage.completion_tokens, usage.cached_tokens, usage.reasoning_tokens, call.cost - call.paid, call.cache,
             call.wishes.retry_count, error.code if error is not None else None, usage.estimated, call.client,
-            engine, call.fallback,
+            engine, call.fallback, call.observed, call.unpriced,
         )  # fmt: skip
-        # what reached no engine and was answered by none is no business of the ledger's
-        line = self._ledger.append(entry) if call.attempts or call.cache else None
+        # the ledger has each attempt, and who was answered without one; what reached nobody is no business of its
+        line = self._ledger.append(entry) if call.open or (call.cache and not call.sent) else None
+        call.open = False
         key = (task, model, outcome, reply.status)
         series = self.series.get(key)
         if series is None:
@@ -132,7 +187,8 @@ class Meter:
 
     def _tokens(self) -> list[tuple[dict[str, str], float]]:
         sums: dict[tuple[str, str], int] = {}
-        for (_, model, _, _), series in self.series.items():
+        all_series = [(key[1], series) for key, series in self.series.items()] + list(self._lost.items())
+        for model, series in all_series:
             for kind in ("prompt", "completion", "cached", "reasoning"):
                 sums[model, kind] = sums.get((model, kind), 0) + getattr(series, kind)
         return [({"model": model, "kind": kind}, count) for (model, kind), count in sums.items() if count]

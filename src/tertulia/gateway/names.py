@@ -249,7 +249,7 @@ class Names:
             if model in self._routes or model in self._cards or model in self._presets:
                 return model
             following = self._exact.get(model)
-            if following is None:
+            if following is None and model.isprintable():  # a caller's own name: it will stand in logs
                 fits = (name for pattern, name in self._patterns if name != model and fnmatchcase(model, pattern))
                 following = next(fits, None)
             if not following:

@@ -210,6 +210,8 @@ class Resume:
     def settle(self, reply: Reply) -> None:
         """The call is over: its usage is what the client was told, or made whole if it was not told any."""
         usage = reply.usage
+        if self._going or self._before is not None:
+            reply.own = usage or Usage()  # the ones before have their own entries
         if self._told is not None:
             reply.usage = _counted(self._told)
         elif usage is None:  # whoever went on did not come so far
@@ -228,6 +230,7 @@ def _counted(usage: dict[str, Any]) -> Usage:
         usage.get("completion_tokens") or 0,
         prompt.get("cached_tokens") or 0,
         completion.get("reasoning_tokens") or 0,
+        cache_write_tokens=prompt.get("cache_write_tokens") or 0,
     )
 
 

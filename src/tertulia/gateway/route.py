@@ -380,7 +380,11 @@ class Trip:
             detour = self.detour = Detour(self)
         detour.failed(error)
         if reply.started:
+            used = reply.usage
             if self.resume is None or not self.resume.can_continue(self.call):
+                return False
+            reply.usage = used
+            if not self._lost(error):
                 return False
             rest = self.resume.remainder(self.call)
             if rest is not None:  # only its end is missing
@@ -390,10 +394,16 @@ class Trip:
             if self.beats is not None:
                 self.route.calm(self)
                 self.beats.add(self)
-        else:
-            reply.usage = None
+        elif not self._lost(error):
+            return False
         detour.soon()
         return True
+
+    def _lost(self, error: TertuliaError) -> bool:
+        """The attempt is accounted for; what comes is another one's. Whether one may come."""
+        may_follow = self.call.lost(error)
+        self.call.reply.usage = None
+        return may_follow
 
     def look(self) -> Awaitable[None] | None:
         """Finds who is asked next."""

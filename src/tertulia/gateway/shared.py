@@ -62,6 +62,8 @@ class Flights:
         self.seconds = 0.0  # a call may take in all, unless its plan says otherwise; 0: no limit
         self.kept = 0  # bytes, of all flights
         self.account: Callable[[Call, str], None] | None = None  # told (call, outcome) of what nobody came back for
+        self.linger: Callable[[Call], None] | None = None  # told of a call that goes on though nobody waits for it,
+        self.resume: Callable[[Call], None] | None = None  # and when somebody has come back for it
         self._by_key: dict[bytes, Flight] = {}
         self._all: set[Flight] = set()
 
@@ -188,6 +190,8 @@ class Flight:
                 self._timer.cancel()
                 self._timer = None
                 call.cache = "miss"
+                if self._flights.resume is not None:
+                    self._flights.resume(self.call)
         call.reply.source = listener
         call.reply.on_close(listener.left)
         self.give(listener)
@@ -259,7 +263,7 @@ class Flight:
         if listener is self.payer:
             self._settle(listener, outcome)
         if self.reply.usage is not None:
-            reply.usage = self.reply.usage
+            reply.usage, reply.own = self.reply.usage, self.reply.own
         if not self.keep:
             self._trim()
         self.balance()
@@ -280,7 +284,7 @@ class Flight:
             self.payer = payer  # nobody else pays for this end
             self.reply.close(STOPPED if outcome == STOPPED else CLIENT_LEFT)
             self.payer = None
-        call.attempts = self.call.attempts
+        call.take_over(self.call)
 
     # grace
     def _may_return(self, payer: Listener, outcome: str) -> bool:
@@ -290,6 +294,8 @@ class Flight:
     def _linger(self) -> None:
         flights = self._flights
         self._timer = asyncio.get_running_loop().call_later(flights.grace, self._give_up)
+        if flights.linger is not None:
+            flights.linger(self.call)
         if self.key is None:
             flights.register(self, flights.retry_key(self.call))
         if not self.keep:  # nothing has been dropped: nothing had reached the only client
@@ -422,4 +428,7 @@ def _copy(call: Call, reply: Reply) -> Call:
     shared.asked, shared.model, shared.stream = call.asked, call.model, call.stream
     shared.target, shared.plan, shared.deadline = call.target, call.plan, call.deadline
     shared.wishes, shared.client = call.wishes, call.client
+    shared.prompt_tokens, shared.output_tokens, shared.hold = call.prompt_tokens, call.output_tokens, call.hold
+    shared.watch, shared.held = call.watch, call.held
+    shared.observed, shared.unpriced = call.observed, call.unpriced
     return shared

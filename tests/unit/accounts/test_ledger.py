@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from tertulia.accounts.entry import Entry
 from tertulia.accounts.ledger import Ledger
-from tertulia.accounts.prices import NANO, Prices
-from tertulia.core import ModelCard, Target, Usage
-from tertulia.errors import SettingsError
+from tertulia.store import journal
+from tertulia.store.database import open_database
 
 
 def entry(id: str = "req_1", project: str = "proj_1", cost: int = 5, at: float | None = None) -> Entry:
     return Entry(
-        id, at or time.time(), "key_1", project, "chat", "gpt-4o", "mock", 200, "finished", 1.5, False, 3, 4, cost=cost
+        id,
+        1,
+        at or time.time(),
+        "key_1",
+        project,
+        "chat",
+        "gpt-4o",
+        "mock",
+        200,
+        "finished",
+        1.5,
+        False,
+        3,
+        4,
+        cost=cost,
     )
-
-
-def target(model: str, engine: str = "u") -> Target:
-    return Target(SimpleNamespace(name=engine), model, ModelCard(id=model, kind="chat", source="test:"))
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     return Ledger(tmp_path)
+
+
+def intend(ledger: Ledger, id: str = "req_1", attempt: int = 1, hold: int = 1000) -> None:
+    ledger.intend(id, attempt, "key_1", "proj_1", "chat", 'a "model"\n', "m", "far", 25, hold)
 
 
 def test_entries_are_there_for_a_new_process_without_closing(ledger: Ledger, tmp_path: Path) -> None:
@@ -45,52 +56,84 @@ def test_only_this_month_counts(ledger: Ledger) -> None:
     assert ledger.spent() == {"proj_1": 1}
 
 
-def test_a_cut_last_line_is_ignored(ledger: Ledger, tmp_path: Path) -> None:
+def test_damaged_lines_keep_nobody_from_starting(ledger: Ledger, tmp_path: Path) -> None:
     ledger.append(entry(cost=1))
     ledger.close()
-    with open(tmp_path / "ledger.jsonl", "ab") as file:
-        file.write(b'{"id":"req_2",')
-    assert Ledger(tmp_path).spent() == {"proj_1": 1}
-
-
-def test_a_damaged_line_is_told_and_keeps_nobody_from_starting(
-    ledger: Ledger, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    ledger.append(entry(cost=1))
-    ledger.close()
-    with open(tmp_path / "ledger.jsonl", "ab") as file:
-        file.write(b'{"id":"req_2"{"id":\n\xff\n')
+    with open(tmp_path / "ledger" / "000001.jsonl", "ab") as file:
+        file.write(b'{"id":"req_2"{"id":\n\xff\n{"open":"req_3"\n{"id":"req_4",')
     ledger = Ledger(tmp_path)
     ledger.append(entry(cost=2))
-    with caplog.at_level(logging.WARNING):
-        assert ledger.spent() == {"proj_1": 3}
-        with open(tmp_path / "ledger.jsonl", "wb") as file:
-            file.write(b"x\n" * 1000)
-        assert ledger.spent() == {}
-    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == ["2, 3", "1, 2, 3 and 997 more"]
+    assert ledger.spent() == {"proj_1": 3} and ledger.interrupted == 0
 
 
-def test_prices_are_integers_of_a_billionth_dollar() -> None:
-    prices = Prices({"far": {"input": 2.5, "output": 10}, "half": {"input": 0.15}})
-    far, half, local = target("far"), target("half"), target("local")
-    assert prices.cost(far, 1_000_000, 0) == 2.5 * NANO and prices.cost(far, 0, 1_000_000) == 10 * NANO
-    assert prices.of(far, Usage(3, 4)) == 3 * 2500 + 4 * 10_000
-    assert prices.cost(half, 1, 1) == 150 and prices.cost(local, 10**9, 10**9) == 0
+def test_the_ledger_of_an_older_release_is_read(tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").write_bytes(
+        b'{"id":"req_1","at":1.5,"key":"k","project":"p","task":"chat","asked":"a","model":"m","status":200,'
+        b'"outcome":"finished","ms":2.5,"cost":7,"attempts":2,"cache":"miss"}\n'
+    )
+    [old] = Ledger(tmp_path).entries()
+    assert (old.id, old.attempt, old.cost, old.cache, old.observed) == ("req_1", 2, 7, "miss", "")
 
 
-def test_upstreams_that_share_a_name_have_their_own_prices_unless_all_have_one() -> None:
-    upstreams = {"a": {"m": {"input": 1.0}, "n": {"input": 1.0}}, "b": {"m": {"input": 3.0}}, "c": {}}
-    prices = Prices({"n": {"input": 7.0}}, upstreams)
-    assert [prices.cost(target("m", name), 1, 0) for name in "abc"] == [1000, 3000, 0]
-    assert [prices.cost(target("n", name), 1, 0) for name in "abc"] == [7000] * 3
+# what was under way when the process ended
+def test_an_intent_with_an_entry_is_nothing_more(ledger: Ledger, tmp_path: Path) -> None:
+    intend(ledger)
+    ledger.append(entry())
+    assert Ledger(tmp_path).interrupted == 0 and len(Ledger(tmp_path).entries()) == 1
 
 
-@pytest.mark.parametrize(
-    ("price", "said"),
-    [({"inptu": 1}, "prices.m.inptu: there is no such price; known are input and output"),
-     ({"output": -1}, "prices.m.output: must not be negative")],
-)  # fmt: skip
-def test_wrong_prices(price: dict[str, float], said: str) -> None:
-    with pytest.raises(SettingsError) as error:
-        Prices({"m": price})
-    assert error.value.message == said
+def test_an_intent_without_one_becomes_one_that_costs_what_was_reserved(ledger: Ledger, tmp_path: Path) -> None:
+    intend(ledger, "req_1", 1)
+    ledger.append(entry("req_1"))
+    intend(ledger, "req_1", 2, hold=77)
+    intend(ledger, "req_2", hold=8)
+    again = Ledger(tmp_path)
+    assert again.interrupted == 2 and again.spent() == {"proj_1": 5 + 77 + 8}
+    _, second, other = again.entries()
+    assert (second.id, second.attempt, second.cost) == ("req_1", 2, 77)
+    assert (other.id, other.outcome, other.estimated, other.prompt_tokens) == ("req_2", "interrupted", True, 25)
+    assert (other.asked, other.model, other.target, other.status) == ('a "model"\n', "m", "far", 0)
+    assert abs(other.at - time.time()) < 5  # when it left
+    assert Ledger(tmp_path).interrupted == 0 and len(Ledger(tmp_path).entries()) == 3
+
+
+def test_recovery_that_is_killed_is_gone_on_with(tmp_path: Path) -> None:
+    """A killed recovery has written some of its lines and perhaps a part of one more."""
+    ledger = Ledger(tmp_path)
+    for at in range(5):
+        intend(ledger, f"req_{at}")
+    ledger.close()
+    file = tmp_path / "ledger" / "000001.jsonl"
+    before = file.read_bytes()
+    Ledger(tmp_path).close()
+    after = file.read_bytes()
+    for cut in [*range(len(before), len(after), 37), len(after)]:
+        file.write_bytes(after[:cut])
+        again = Ledger(tmp_path)
+        assert sorted(entry.id for entry in again.entries()) == [f"req_{at}" for at in range(5)]
+        again.close()
+
+
+def test_segments_are_kept_until_they_are_folded_and_nothing_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "SEGMENT", 2**20)
+    ledger = Ledger(tmp_path, open_database(tmp_path))
+    assert ledger.fold is not None
+
+    def fill(segment: int) -> None:
+        while ledger._journal.segment < segment:
+            intend(ledger, "req_short")
+            ledger.append(entry("req_short"))
+
+    intend(ledger, "req_long")
+    fill(3)
+    intend(ledger, "req_longer", 2)
+    fill(6)
+    assert ledger.fold.now() > 10_000 and journal.segments(tmp_path / "ledger") == [1, 2, 3, 4, 5, 6]
+    ledger.append(entry("req_long"))
+    ledger.fold.now()
+    assert journal.segments(tmp_path / "ledger") == [3, 4, 5, 6]
+    found = Ledger(tmp_path)  # as after a kill
+    assert found.interrupted == 1 and found.entries()[-1].id == "req_longer"
+    found.close()

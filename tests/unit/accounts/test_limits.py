@@ -1,4 +1,5 @@
-"""Limits are arithmetic: whatever is asked and whenever, never more than the limit, and nothing is lost."""
+"""Limits are arithmetic: whatever is asked and whenever, never more than the limit, nothing is lost, and nobody is left
+out for good."""
 
 from __future__ import annotations
 
@@ -8,17 +9,338 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
-from tertulia.accounts.limits import Allowance, Bucket, duration
-from tertulia.errors import QuotaExceeded, RateLimited
+from tertulia.accounts.limits import (
+    CONCURRENT,
+    DAILY,
+    GRACE,
+    NO_LIMIT,
+    REQUESTS,
+    TOKENS,
+    Allowance,
+    Bucket,
+    Slot,
+    duration,
+)
 
 steps = some.lists(some.tuples(some.floats(0, 90), some.integers(0, 400)), max_size=40)
 quick = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def allowance(requests: int = 10, tokens: int = 1000, spend: int | None = None, spent: int = 0) -> Allowance:
-    return Allowance("org-1", requests, tokens, spend, spent, 0.0)
+def allowance(
+    requests: int = NO_LIMIT, tokens: int = NO_LIMIT, daily: int = NO_LIMIT, concurrent: int = NO_LIMIT
+) -> Allowance:
+    it = Allowance("org-1", "gpt-4o", 0.0)
+    it.limit(requests, tokens, daily, concurrent)
+    return it
 
 
+def ask(it: Allowance, now: float, tokens: int = 0, key: str = "key_1") -> Slot | None:
+    """As admit does: None if it is refused."""
+    slot = it.take(tokens, now)
+    if slot is not None:
+        return slot
+    return it.force(tokens, now, key) if it.refusal(tokens, now, key) is None else None
+
+
+# windows
+@quick
+@given(some.integers(1, 20), some.lists(some.one_of(some.floats(0, 0.5), some.floats(0, 70)), max_size=150))
+def test_in_no_minute_more_requests_than_the_limit(limit: int, pauses: list[float]) -> None:
+    it, now, admitted = allowance(requests=limit), 0.0, []
+    for pause in pauses:
+        now += pause
+        if ask(it, now):
+            admitted.append(now)
+        assert sum(at > now - 60 for at in admitted) <= limit
+
+
+@quick
+@given(
+    some.integers(50, 500),
+    some.lists(some.tuples(some.one_of(some.floats(0, 0.5), some.floats(0, 70)), some.integers(0, 300)), max_size=150),
+)
+def test_in_no_minute_more_tokens_than_the_limit(limit: int, calls: list[tuple[float, int]]) -> None:
+    it, now, admitted = allowance(tokens=limit), 0.0, []
+    for at, (pause, tokens) in enumerate(calls):
+        now += pause
+        if ask(it, now, tokens, f"key_{at % 3}"):
+            admitted.append((now, tokens))
+        assert sum(tokens for at, tokens in admitted if at > now - 60) <= limit
+
+
+@quick
+@given(some.integers(1, 15), some.lists(some.floats(0, 20_000), max_size=120))
+def test_in_no_day_more_requests_than_the_limit(limit: int, pauses: list[float]) -> None:
+    it, now, admitted = allowance(daily=limit), 0.0, []
+    for pause in pauses:
+        now += pause
+        if ask(it, now):
+            admitted.append(now)
+        assert sum(at > now - 86_400 for at in admitted) <= limit
+
+
+@quick
+@given(some.integers(1, 5), some.lists(some.booleans(), max_size=60))
+def test_never_more_at_a_time_than_the_limit(limit: int, comings: list[bool]) -> None:
+    it, running = allowance(concurrent=limit), []
+    for now, comes in enumerate(comings):
+        if not comes and running:
+            it.settle(running.pop(), 0, 0)
+        elif comes and (slot := ask(it, float(now))):
+            running.append(slot)
+        assert len(running) == it.in_flight <= limit
+
+
+@quick
+@given(some.integers(1, 8), some.lists(some.floats(0, 30), min_size=1, max_size=60))
+def test_who_comes_back_when_he_was_told_is_admitted(limit: int, pauses: list[float]) -> None:
+    """retry-after is honest: alone, nobody is sent away twice in a row."""
+    it, now = allowance(requests=limit, tokens=limit * 10), 0.0
+    for pause in pauses:
+        now += pause
+        if ask(it, now, 10):
+            continue
+        refusal = it.refusal(10, now, "key_1")
+        assert refusal is not None and refusal.error.retry_after is not None
+        assert 0 < refusal.error.retry_after <= 61
+        now += refusal.error.retry_after
+        assert ask(it, now, 10)
+
+
+def test_the_wait_ends_when_the_slot_that_makes_room_expires() -> None:
+    it = allowance(requests=3)
+    for now in (0.0, 10.0, 20.0):
+        assert ask(it, now)
+    refusal = it.refusal(0, 25.0, "key_1")
+    assert refusal is not None and refusal.error.retry_after == pytest.approx(35.0)
+    assert ask(it, 59.9) is None
+    assert ask(it, 60.0)
+    assert ask(it, 60.0) is None
+
+
+def test_a_steady_stream_may_use_all_of_it() -> None:
+    """Windows are strict, but what they allow can be had: over ten minutes at least 95 % of it."""
+    it, admitted = allowance(requests=60), 0
+    for tick in range(6000):
+        admitted += ask(it, tick / 10) is not None
+    assert admitted >= 0.95 * 600
+
+
+# settlement
+@quick
+@given(some.lists(some.tuples(some.integers(0, 300), some.integers(0, 300))))
+def test_settling_gives_back_what_was_not_used(calls: list[tuple[int, int]]) -> None:
+    it = allowance(tokens=10**6)
+    used = 0
+    for reserved, tokens in calls:
+        slot = ask(it, 0.0, reserved)
+        assert slot is not None
+        it.settle(slot, reserved, tokens)
+        used += tokens
+    assert (it.tokens, it.requests, it.in_flight) == (used, len(calls), 0)
+
+
+def test_what_is_given_back_late_is_given_to_the_slot_it_was_taken_from() -> None:
+    it = allowance(tokens=100)
+    slot = ask(it, 0.0, 80)
+    assert slot is not None
+    assert ask(it, 61.0, 90)
+    it.settle(slot, 80, 5)  # its minute is over: it gives nothing to this one
+    assert it.tokens == 90
+
+
+def test_more_used_than_reserved_counts() -> None:
+    it = allowance(tokens=100)
+    slot = ask(it, 0.0, 10)
+    assert slot is not None
+    it.settle(slot, 10, 150)
+    assert ask(it, 30.0, 1) is None
+    assert ask(it, 60.0, 1)
+
+
+def test_a_change_of_limits_loses_nothing_that_is_counted() -> None:
+    it = allowance(requests=10, daily=10)
+    for _ in range(5):
+        assert ask(it, 0.0)
+    it.limit(5, NO_LIMIT, 10, NO_LIMIT)
+    assert ask(it, 1.0) is None
+    it.limit(6, NO_LIMIT, 10, NO_LIMIT)
+    assert ask(it, 3.6)
+    it.limit(NO_LIMIT, NO_LIMIT, 7, NO_LIMIT)
+    assert ask(it, 100.0) and ask(it, 100.0) is None
+
+
+def test_what_was_before_a_restart_counts() -> None:
+    it = allowance(requests=10, tokens=1000, daily=100)
+    now = 1_000_000.0
+    it = Allowance("org-1", "m", now)
+    it.limit(10, 1000, 20, NO_LIMIT)
+    for age, requests, tokens in ((80_000.0, 9, 9000), (59.0, 3, 300), (58.5, 4, 400), (1.0, 1, 100)):
+        it.recall(age, requests, tokens, now)
+    assert ask(it, now, 201) is None
+    assert it.requests == 8 and it.tokens == 800
+    assert it.day_requests == 9
+    assert ask(it, now + 5.0, 700)  # 59 and 58.5 seconds ago are gone
+    assert it.requests == 2 and it.day_requests == 16
+
+
+# what is said
+def test_too_many_requests() -> None:
+    it = allowance(requests=60)
+    for _ in range(60):
+        assert ask(it, 0.0)
+    refusal = it.refusal(0, 59.25, "key_1")
+    assert refusal is not None and refusal.kind == REQUESTS
+    error = refusal.error
+    assert error.message == (
+        "Rate limit reached for gpt-4o in organization org-1 on requests per min (RPM): Limit 60, Used 60, Requested "
+        "1. Please try again in 750ms. Visit https://platform.openai.com/account/rate-limits to learn more."
+    )
+    assert (error.type, error.code, error.retry_after, error.retry) == ("requests", "rate_limit_exceeded", 0.75, True)
+
+
+def test_too_many_tokens() -> None:
+    it = allowance(requests=10, tokens=600)
+    slot = ask(it, 0.0, 550)
+    assert slot is not None
+    refusal = it.refusal(200, 50.0, "key_1")
+    assert refusal is not None and refusal.error.retry_after == 1.0  # most of it may be given back at any moment
+    it.settle(slot, 550, 500)
+    refusal = it.refusal(200, 50.0, "key_1")
+    assert refusal is not None and refusal.kind == TOKENS and refusal.error.type == "tokens"
+    assert refusal.error.message.startswith(
+        "Rate limit reached for gpt-4o in organization org-1 on tokens per min (TPM): Limit 600, Used 500, Requested "
+        "200. Please try again in 10s."
+    )
+    assert it.requests == 1  # the refused one was not counted
+
+
+def test_too_many_a_day_and_at_a_time() -> None:
+    it = allowance(daily=1)
+    assert ask(it, 0.0)
+    refusal = it.refusal(0, 10.0, "key_1")
+    assert refusal is not None and refusal.kind == DAILY and refusal.error.retry_after == 86_390
+    assert (
+        "requests per day (RPD): Limit 1, Used 1, Requested 1. Please try again in 23h59m50s" in refusal.error.message
+    )
+    it = allowance(concurrent=1)
+    assert ask(it, 0.0)
+    refusal = it.refusal(0, 0.0, "key_1")
+    assert refusal is not None and refusal.kind == CONCURRENT
+    assert "on concurrent requests: Limit 1, Used 1, Requested 1. Please try again in 1s." in refusal.error.message
+
+
+def test_of_several_limits_the_longest_wait_is_told() -> None:
+    it = allowance(requests=1, daily=1)
+    assert ask(it, 0.0)
+    refusal = it.refusal(0, 1.0, "key_1")
+    assert refusal is not None and refusal.kind == DAILY
+
+
+def test_what_can_never_fit_is_not_worth_another_try() -> None:
+    it = allowance(tokens=100)
+    refusal = it.refusal(101, 0.0, "key_1")
+    assert refusal is not None
+    assert refusal.error.message.startswith(
+        "Request too large for gpt-4o in organization org-1 on tokens per min (TPM): Limit 100, Requested 101. "
+    )
+    assert (refusal.error.retry, refusal.error.retry_after) == (False, None)
+    assert not it.places  # and nobody waits for it
+
+
+def test_headers_say_where_the_project_stands() -> None:
+    it = allowance(requests=10, tokens=100)
+    assert ask(it, 0.0, 30)
+    lines = it.taken().decode().split("\r\n")
+    assert lines == [
+        "x-ratelimit-limit-requests: 10", "x-ratelimit-limit-tokens: 100", "x-ratelimit-remaining-requests: 9",
+        "x-ratelimit-remaining-tokens: 70", "x-ratelimit-reset-requests: 1m0s", "x-ratelimit-reset-tokens: 1m0s", "",
+    ]  # fmt: skip
+    assert b"x-ratelimit-reset-requests: 45s\r\n" in it.headers(15.0)
+    assert b"x-ratelimit-reset-tokens: 0s\r\n" in allowance().headers(15.0)
+
+
+# fairness
+def flood(it: Allowance, now: float, key: str, times: int, tokens: int = 0) -> int:
+    return sum(ask(it, now, tokens, key) is not None for _ in range(times))
+
+
+def test_a_flood_of_one_key_leaves_half_to_another() -> None:
+    """One key asks fifty times as often as the other: of what is there to be had, both get about the same."""
+    it = allowance(requests=20)
+    assert flood(it, 0.0, "greedy", 50) == 20  # nobody else was there
+    got = {"greedy": 0, "modest": 0}
+    wait_until, now = 0.0, 1.0
+    while now < 600:
+        if now >= wait_until:  # does what it is told, as the SDK does
+            if ask(it, now, 0, "modest"):
+                got["modest"] += 1
+            elif (refusal := it.refusal(0, now, "modest")) is not None:
+                wait_until = now + (refusal.error.retry_after or 0)
+        got["greedy"] += flood(it, now, "greedy", 5)
+        now += 0.1
+    assert got["greedy"] + got["modest"] >= 0.9 * 20 * 10
+    assert got["modest"] >= 0.4 * (got["greedy"] + got["modest"])
+
+
+def test_who_needs_little_gets_it_and_a_flood_the_rest() -> None:
+    it, got, modest = allowance(requests=60), 0, 0
+    for tick in range(6000):
+        now = tick / 10
+        if tick % 100 == 0:  # six a minute
+            modest += ask(it, now, 0, "modest") is not None
+        got += flood(it, now, "greedy", 3)
+    assert modest >= 53  # but in the first minute, which was taken before it came
+    assert got + modest >= 0.85 * 600
+
+
+@pytest.mark.parametrize("other", ["small", "large"])
+def test_small_requests_do_not_keep_a_large_one_out(other: str) -> None:
+    """Small ones, of another key or the same, take whatever is free at once: the large one has its turn as well."""
+    it, now, large = allowance(tokens=1000), 0.0, 0
+    due = 0.5
+    while now < 300:
+        flood(it, now, other, 3, 10)
+        if now >= due:
+            if ask(it, now, 800, "large"):
+                large += 1
+                due = now + 5
+            elif (refusal := it.refusal(800, now, "large")) is not None:
+                due = now + (refusal.error.retry_after or 0)
+        now += 0.1
+    assert large >= 2
+
+
+def test_room_that_nobody_in_front_needs_is_not_kept_empty() -> None:
+    """While a large request waits, small ones may have what is left beside it when its turn comes."""
+    it = allowance(tokens=1000)
+    slot = ask(it, 0.0, 700, "a")
+    assert slot is not None
+    it.settle(slot, 700, 700)
+    refusal = it.refusal(800, 1.0, "large")
+    assert refusal is not None and refusal.error.retry_after == pytest.approx(59.0)
+    assert ask(it, 2.0, 200, "small")  # 200 + 800 fit when the 700 are gone
+    assert ask(it, 3.0, 50, "small") is None  # these would not
+    assert ask(it, 60.0, 800, "large")
+
+
+def test_who_does_not_come_back_keeps_nobody_waiting() -> None:
+    it = allowance(requests=1)
+    assert ask(it, 0.0, key="a")
+    assert it.refusal(0, 1.0, "gone") is not None
+    assert ask(it, 60.0, key="b") is None  # it is the turn of another
+    assert ask(it, 60.0 + GRACE + 0.1, key="b")
+
+
+def test_places_are_few() -> None:
+    it = allowance(requests=1)
+    assert ask(it, 0.0)
+    for number in range(1000):
+        assert it.refusal(0, 1.0, f"key_{number}") is not None
+    assert len(it.places) <= 64
+
+
+# for upstreams
 @quick
 @given(some.integers(1, 500), steps)
 def test_in_any_minute_no_more_than_limit_and_one_refill(limit: int, steps: list[tuple[float, int]]) -> None:
@@ -57,95 +379,6 @@ def test_after_the_reset_it_is_full(limit: int, steps: list[tuple[float, int]]) 
         bucket.refill(bucket.at + pause)
         bucket.level -= min(wanted, bucket.level)
     assert bucket.refill(bucket.at + bucket.reset()) == pytest.approx(limit)
-
-
-@quick
-@given(
-    some.lists(some.tuples(some.integers(0, 300), some.integers(0, 100), some.integers(0, 300), some.integers(0, 100)))
-)
-def test_settling_gives_back_what_was_not_used(calls: list[tuple[int, int, int, int]]) -> None:
-    it = allowance(10**6, 10**6, 10**6)
-    used = paid = 0
-    for reserved, cost, tokens, price in calls:
-        tokens, price = min(tokens, reserved), min(price, cost)
-        it.admit(reserved, cost, "m", 0.0)
-        assert it.reserved == cost
-        it.settle(reserved, tokens, cost, price)
-        used, paid = used + tokens, paid + price
-    assert it.tokens.level == 10**6 - used and it.reserved == 0 and it.spent == paid
-    assert it.requests.level == 10**6 - len(calls)
-
-
-def test_settling_late_does_not_fill_over_the_limit() -> None:
-    it = allowance(tokens=100)
-    it.admit(80, 0, "m", 0.0)
-    it.tokens.refill(60.0)
-    it.settle(80, 0, 0, 0)
-    assert it.tokens.level == 100
-
-
-def test_more_used_than_reserved_is_owed() -> None:
-    it = allowance(tokens=100)
-    it.admit(10, 0, "m", 0.0)
-    it.settle(10, 150, 0, 0)
-    assert it.tokens.level == -50
-    with pytest.raises(RateLimited):
-        it.admit(1, 0, "m", 30.0)
-    it.admit(1, 0, "m", 31.0)
-
-
-def test_too_many_requests() -> None:
-    it = allowance(requests=60)
-    for _ in range(60):
-        it.admit(0, 0, "gpt-4o", 0.0)
-    with pytest.raises(RateLimited) as error:
-        it.admit(0, 0, "gpt-4o", 0.25)
-    assert error.value.message == (
-        "Rate limit reached for gpt-4o in organization org-1 on requests per min (RPM): Limit 60, Used 60, "
-        "Requested 1. Please try again in 750ms. Visit https://platform.openai.com/account/rate-limits to learn more."
-    )
-    assert (error.value.type, error.value.code, error.value.retry_after, error.value.retry) == (
-        "requests", "rate_limit_exceeded", 0.75, True,
-    )  # fmt: skip
-    it.admit(0, 0, "gpt-4o", 1.0)
-
-
-def test_too_many_tokens() -> None:
-    it = allowance(tokens=600)
-    it.admit(500, 0, "m", 0.0)
-    with pytest.raises(RateLimited) as error:
-        it.admit(200, 0, "m", 0.0)
-    assert error.value.message.startswith(
-        "Rate limit reached for m in organization org-1 on tokens per min (TPM): Limit 600, Used 500, Requested 200. "
-        "Please try again in 10s."
-    )
-    assert error.value.type == "tokens"
-    assert it.requests.level == 9  # the refused one was not counted
-
-
-def test_what_can_never_fit_is_not_worth_another_try() -> None:
-    it = allowance(tokens=100)
-    with pytest.raises(RateLimited) as error:
-        it.admit(101, 0, "m", 0.0)
-    assert error.value.message.startswith(
-        "Request too large for m in organization org-1 on tokens per min (TPM): Limit 100, "
-    )
-    assert (error.value.retry, error.value.retry_after) == (False, None)
-    assert (it.requests.level, it.tokens.level, it.reserved) == (10, 100, 0)
-
-
-def test_money_reserved_counts_as_spent_until_it_is_given_back() -> None:
-    it = allowance(spend=100, spent=50)
-    it.admit(0, 40, "m", 0.0)
-    with pytest.raises(QuotaExceeded) as error:
-        it.admit(0, 11, "m", 0.0)
-    assert error.value.message.startswith(
-        "You exceeded your current quota, please check your plan and billing details."
-    )
-    assert (error.value.retry, error.value.retry_after, it.reserved) == (False, None, 40)
-    it.settle(0, 0, 40, 10)
-    it.admit(0, 40, "m", 0.0)
-    assert (it.spent, it.reserved) == (60, 40)
 
 
 @pytest.mark.parametrize(

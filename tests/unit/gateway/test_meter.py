@@ -26,6 +26,8 @@ def play(
     def engine(call: Call) -> None:
         call.attempts, call.cache = attempts, cache
         call.target = Target(SimpleNamespace(name="u"), "m", ModelCard(id="m", kind="chat", source="upstream:u"))
+        if attempts:
+            call.sending()
         call.reply.begin()
         call.reply.usage = usage
         for piece in pieces:
@@ -53,10 +55,9 @@ def test_tokens_are_those_the_engine_told_and_the_pace_of_a_stream_is_seen(tmp_p
     assert it.first["chat"].count == 1 and it.pauses.count == 3  # of one piece nothing is to be told
 
 
-def test_an_estimate_of_the_engine_is_marked_and_the_prompt_is_estimated_too(tmp_path: Path) -> None:
+def test_an_estimate_of_the_engine_is_marked(tmp_path: Path) -> None:
     it = meter(tmp_path)
-    reply = play(it, [b"data: {}\n\n"], True, Usage(0, 3, estimated=True), b"x" * 40)
-    assert reply.usage == Usage(10, 3, estimated=True)
+    play(it, [b"data: {}\n\n"], True, Usage(10, 3, estimated=True))
     [entry] = Ledger(tmp_path).entries()
     assert (entry.prompt_tokens, entry.completion_tokens, entry.estimated) == (10, 3, True)
 
@@ -68,7 +69,7 @@ def test_what_reached_no_engine_is_logged_and_no_entry(tmp_path: Path) -> None:
     log.close()
     assert it._ledger.entries() == []
     line = json.loads((tmp_path / "a.log").read_text())
-    assert line["id"] == "req_1" and line["outcome"] == "finished" and "attempts" not in line
+    assert line["id"] == "req_1" and line["outcome"] == "finished" and line["attempt"] == 0
 
 
 def test_the_ledgers_line_is_the_access_logs_line(tmp_path: Path) -> None:
@@ -76,7 +77,8 @@ def test_the_ledgers_line_is_the_access_logs_line(tmp_path: Path) -> None:
     it = Meter(Ledger(tmp_path), log)
     play(it, [b"{}"], False, Usage(5, 7))
     log.close()
-    assert (tmp_path / "a.log").read_bytes().splitlines() == read(tmp_path / "ledger.jsonl")
+    intent, entry = read(tmp_path / "ledger")
+    assert intent.startswith(b'{"open":"req_1","attempt":1,') and (tmp_path / "a.log").read_bytes() == entry + b"\n"
 
 
 def test_tokens_count_once_whoever_is_answered_with_them(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tertulia.engines.base import Collector
 from tertulia.engines.mock import Mock
 from tertulia.errors import BadRequest, EngineFailed, QuotaExceeded, RateLimited, Unauthorized
 from tertulia.gateway.accesslog import AccessLog
-from tertulia.gateway.admit import Admit
+from tertulia.gateway.admit import Admit, Rules
 from tertulia.gateway.cache import Cache
 from tertulia.gateway.meter import Meter
 from tertulia.gateway.names import Names
@@ -59,7 +59,8 @@ class House:
         self.log = AccessLog(str(data / "access.log"))
         self.meter = Meter(self.ledger, self.log)
         spent = limits.pop("spent", {})
-        self.admit = Admit(limits.get("requests", 100), limits.get("tokens", 10**6), limits.get("spend"), prices, spent)
+        rules = Rules(limits.get("requests", 100), limits.get("tokens", 10**6), spend=limits.get("spend"))
+        self.admit = Admit(rules, prices, spent)
         names = Names([self.engine], {}, {}, {"chat": "mock", "embedding": "mock-embedding"})
         self.tasks = {make.__name__.rsplit(".")[-1]: make.task(names.resolve) for make in (chat, embeddings)}
         route = Route(Settings(request_timeout=limits.get("timeout", 5.0)), names)
@@ -133,7 +134,7 @@ def test_an_answer_with_everything_around_it(tmp_path: Path) -> None:
         wire.headers["x-ratelimit-limit-requests"] == "100" and wire.headers["x-ratelimit-remaining-requests"] == "99"
     )
     assert (
-        wire.headers["x-ratelimit-limit-tokens"] == "1000000" and wire.headers["x-ratelimit-reset-requests"] == "600ms"
+        wire.headers["x-ratelimit-limit-tokens"] == "1000000" and wire.headers["x-ratelimit-reset-requests"] == "1m0s"
     )
     (entry,) = house.ledger.entries()
     assert (entry.id, entry.key, entry.project, entry.asked, entry.model) == (
@@ -154,12 +155,12 @@ def test_an_answer_with_everything_around_it(tmp_path: Path) -> None:
 def test_what_was_not_used_is_given_back(tmp_path: Path) -> None:
     async def run() -> None:
         house = House(tmp_path, tokens=5000, spend=2 * NANO)
-        for _ in range(4):  # each reserves 1,000 and more tokens and more than a dollar, and uses six
-            _, wire = await house.ask(ask())
+        for _ in range(4):  # each reserves more than 1,000 tokens and more than a dollar, and uses six
+            _, wire = await house.ask(ask(max_tokens=1000))
             assert wire.status == 200
-        allowance = house.who.state
-        assert allowance.reserved == 0 and allowance.spent == 4 * 6_000_000
-        assert allowance.tokens.level == pytest.approx(5000 - 24, abs=10)
+        budget, allowance = house.admit.budgets.all["proj_1"], house.who.state.allowances["mock"]
+        assert (budget.reserved, budget.spent) == (0, 4 * 6_000_000)
+        assert (allowance.tokens, allowance.in_flight) == (24, 0)
 
     asyncio.run(run())
 
@@ -168,7 +169,7 @@ def test_what_was_not_used_is_given_back(tmp_path: Path) -> None:
     ("limits", "kind", "remaining"),
     [
         ({"requests": 1}, RateLimited, "0"),
-        ({"tokens": 1100}, RateLimited, "0"),
+        ({"tokens": 1300}, RateLimited, "0"),
         ({"spend": NANO // 100}, QuotaExceeded, "100"),
     ],
 )  # fmt: skip
@@ -178,10 +179,10 @@ def test_a_refusal_by_a_limit_is_recorded_and_says_where_one_stands(
     async def run() -> None:
         house = House(tmp_path, **limits)
         if kind is RateLimited:
-            call, wire = house.call(ask(mock={"delay": 5}))
+            call, wire = house.call(ask(mock={"delay": 5}, max_tokens=900))
             running = asyncio.create_task(through(house.pipeline, call))
             await asyncio.sleep(0.05)  # holds what it reserved
-        refused, wire = await house.ask(ask())
+        refused, wire = await house.ask(ask(max_tokens=1000))
         assert type(refused.reply.error) is kind and wire.status == 429
         if "tokens" not in limits:
             assert wire.headers["x-ratelimit-remaining-requests"] == remaining
@@ -199,7 +200,7 @@ def test_a_refusal_by_a_limit_is_recorded_and_says_where_one_stands(
 def test_money_spent_before_a_restart_counts(tmp_path: Path) -> None:
     async def run() -> None:
         house = House(tmp_path, spend=2 * NANO, spent={"proj_1": 2 * NANO})
-        refused, _ = await house.ask(ask())
+        refused, _ = await house.ask(ask(max_tokens=1))
         assert isinstance(refused.reply.error, QuotaExceeded)
 
     asyncio.run(run())
@@ -252,7 +253,7 @@ def test_a_defect_is_a_typed_500_and_is_logged_without_the_prompt(
     async def run() -> tuple[Call, Wire]:
         house = House(tmp_path, Breaks(ZeroDivisionError("secret")))
         call, wire = await house.ask(ask("my prompt"))
-        assert house.meter.in_flight == 0 and house.who.state.reserved == 0
+        assert house.meter.in_flight == 0 and house.admit.budgets.all["proj_1"].reserved == 0
         return call, wire
 
     with caplog.at_level(logging.ERROR):
@@ -297,7 +298,7 @@ def test_a_client_that_leaves_before_its_call_starts_costs_nothing(tmp_path: Pat
         call.reply.close(CLIENT_LEFT)
         await through(house.pipeline, call)
         assert wire.outcome == CLIENT_LEFT and wire.status == 0
-        assert house.meter.in_flight == 0 and house.who.state.reserved == 0
+        assert house.meter.in_flight == 0 and house.admit.budgets.all["proj_1"].reserved == 0
         assert sum(counted(house.meter).values()) == 1
 
     asyncio.run(run())
@@ -346,19 +347,20 @@ def test_what_nobody_came_back_for_is_paid_for_once(tmp_path: Path) -> None:
             house.admit.unclaimed(call)
             house.meter.unclaimed(call, outcome)
 
-        flights.account = account
-        call, _ = house.call(ask(temperature=0, mock={"first_delay": 0.05}))
+        flights.account, flights.linger, flights.resume = account, house.admit.linger, house.admit.resume
+        call, _ = house.call(ask(temperature=0, max_tokens=100, mock={"first_delay": 0.05}))
         await through(house.pipeline, call)
+        budget = house.admit.budgets.all["proj_1"]
+        held = budget.reserved
         call.reply.close(CLIENT_LEFT)
-        allowance = house.who.state
-        assert (allowance.spent, allowance.reserved, len(flights)) == (0, 0, 1)
+        assert (budget.spent, budget.reserved, len(flights)) == (0, held, 1) and held > 100_000_000
         await asyncio.sleep(0.2)
-        assert (allowance.spent, allowance.reserved, len(flights)) == (6_000_000, 0, 0)
+        assert (budget.spent, budget.reserved, len(flights)) == (6_000_000, 0, 0)
         assert [(entry.outcome, entry.cache, entry.cost) for entry in house.ledger.entries()] == [
             (CLIENT_LEFT, "joined", 0), (FINISHED, "", 6_000_000),
         ]  # fmt: skip
-        again, _ = await house.ask(ask(temperature=0, mock={"first_delay": 0.05}))
-        assert again.cache == "hit" and allowance.spent == 6_000_000 and house.meter.in_flight == 0
+        again, _ = await house.ask(ask(temperature=0, max_tokens=100, mock={"first_delay": 0.05}))
+        assert again.cache == "hit" and budget.spent == 6_000_000 and house.meter.in_flight == 0
 
     asyncio.run(run())
 
@@ -366,14 +368,17 @@ def test_what_nobody_came_back_for_is_paid_for_once(tmp_path: Path) -> None:
 def test_of_many_who_share_an_answer_one_pays(tmp_path: Path) -> None:
     async def run() -> None:
         house = House(tmp_path, spend=10 * NANO)
-        calls = [house.call(ask(temperature=0, stream=True, mock={"delay": 0.01})) for _ in range(5)]
+        calls = [
+            house.call(ask(temperature=0, max_tokens=100, stream=True, mock={"delay": 0.01})) for _ in range(5)
+        ]  # fmt: skip
         for call, _ in calls:
             await through(house.pipeline, call)
         await asyncio.sleep(0.015)
         calls[0][0].reply.close(CLIENT_LEFT)
         for _, wire in calls[1:]:
             await asyncio.wait_for(wire.done(), 5)
-        assert (house.who.state.spent, house.who.state.reserved) == (6_000_000, 0)
+        budget = house.admit.budgets.all["proj_1"]
+        assert (budget.spent, budget.reserved) == (6_000_000, 0)
         assert sorted(entry.cost for entry in house.ledger.entries()) == [0, 0, 0, 0, 6_000_000]
         assert {entry.completion_tokens for entry in house.ledger.entries()[1:]} == {3}
 

@@ -15,11 +15,14 @@ from importlib import metadata
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import msgspec
+
 from ...config import LocalModel, Settings
-from ...core import Call, ModelCard
+from ...core import Call, ModelCard, Target
 from ...errors import BadRequest, EngineFailed, TertuliaError
 from ..children import Child
 from .chat import ChatAnswer
+from .count import prompt_tokens
 from .embeddings import EmbeddingAnswer
 from .room import Room
 from .shapes import encode
@@ -30,6 +33,8 @@ class Running(Protocol):
     """Where children come from: engines.children.Children."""
 
     async def running(self, card: ModelCard, spec: LocalModel | None = None) -> Child: ...
+
+    def loaded(self) -> Sequence[Child]: ...
 
     async def close(self) -> None: ...
 
@@ -63,6 +68,18 @@ class Local:
         except TertuliaError:
             return False
         return True
+
+    async def count(self, call: Call, target: Target) -> int | None:
+        """Tokens of a call's prompt, by the tokenizer of the model that would answer; None if that is not loaded, or
+        cannot say."""
+        child = next((child for child in self._children.loaded() if child.card.id == target.model), None)
+        if child is None:
+            return None
+        try:
+            with child:
+                return await prompt_tokens(call, child)
+        except (TertuliaError, msgspec.MsgspecError):  # it breaks, or says something else: it is not counted
+            return None
 
     async def close(self) -> None:
         await self._children.close()

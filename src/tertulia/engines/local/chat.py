@@ -210,7 +210,7 @@ class ChatAnswer:
         body = self._body(child, plan)
         self.writer = self._writer(plan)
         self._readers = [plan.reader() for _ in range(self._count)] if plan.calls and "tools" not in body else None
-        exchange = Exchange(self._call.reply, child, "messages", too_long)
+        exchange = Exchange(self._call, child, "messages", too_long)
         if self._asked.logit_bias:
             await check_bias(self._asked.logit_bias, child)
         if self._limit is not None:
@@ -255,7 +255,7 @@ class ChatAnswer:
             "temperature": 0, "stream": False,
         }  # fmt: skip
         listener = Body(lambda answer: said.append(_decision(answer).choices[0].message.content or ""))
-        exchange = Exchange(self._call.reply, child, "messages", too_long)
+        exchange = Exchange(self._call, child, "messages", too_long)
         await exchange.run([Request(b"/v1/chat/completions", encode(body), listener)], lambda: None)
         return said[0] if said else None
 

@@ -91,7 +91,7 @@ class EmbeddingAnswer:
         return 1
 
     async def run(self, child: Child) -> None:
-        exchange = Exchange(self._call.reply, child, "input", too_long)
+        exchange = Exchange(self._call, child, "input", too_long)
         if not self._truncate and len(self._call.body) > COUNTED:
             self._refuse_hopeless(child)
         if any(not isinstance(item, str) for item in self._items):

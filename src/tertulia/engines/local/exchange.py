@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from ...core import Reply
+from ...core import Call
 from ...errors import BadRequest, ContextLengthExceeded, EngineFailed, Overloaded, TertuliaError
 from ..connection import Connection, Pool
 
@@ -95,8 +95,8 @@ def translate(status: int, body: bytes, param: str, too_long: TooLong) -> Tertul
 class Exchange:
     """The requests of one call. `prompt` names the parameter that holds the prompt, for errors."""
 
-    def __init__(self, reply: Reply, child: Child, prompt: str, too_long: TooLong) -> None:
-        self.reply = reply
+    def __init__(self, call: Call, child: Child, prompt: str, too_long: TooLong) -> None:
+        self.call, self.reply = call, call.reply
         self.child = child
         self.over = False
         self.heard = False  # whether the child has answered anything
@@ -107,8 +107,8 @@ class Exchange:
         self._busy = 0
         self._room = asyncio.Event()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        reply.source = self
-        reply.on_close(self._reply_closed)
+        self.reply.source = self
+        self.reply.on_close(self._reply_closed)
 
     async def run(self, requests: Sequence[Request], finish: Callable[[], None]) -> None:
         """Sends the requests, as many at a time as the child has slots, and returns when all is over, one way or the
@@ -155,6 +155,8 @@ class Exchange:
             connection.pause_reading()
         request = receiver.request
         self._sent = asyncio.get_running_loop().time()
+        if not self.call.open:  # the first request of an attempt
+            self.call.sending()
         connection.send(pool.request(b"POST", request.path, self.child.headers, request.body), receiver)
 
     def _resend(self, receiver: _Receiver) -> None:

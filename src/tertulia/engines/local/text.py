@@ -119,7 +119,7 @@ class TextAnswer:
 
     async def run(self, child: Child, fills_in: bool | None) -> None:
         """Answers. fills_in says whether the model has fill-in-the-middle tokens, if a suffix is given."""
-        exchange = Exchange(self._call.reply, child, "prompt", too_long)
+        exchange = Exchange(self._call, child, "prompt", too_long)
         if self._asked.logit_bias:
             await check_bias(self._asked.logit_bias, child)
         if self._sampling["repeat_last_n"] < 0:
@@ -142,7 +142,7 @@ class TextAnswer:
         for choice in self._choices:
             choice.begin()
         requests = [request for at, body in enumerate(bodies) for request in self._requests(at, body, child.slots)]
-        await Exchange(self._call.reply, child, "prompt", too_long).run(requests, self._finish)
+        await Exchange(self._call, child, "prompt", too_long).run(requests, self._finish)
 
     async def _spelled(self, exchange: Exchange, prompt: Prompt) -> Prompt:
         if prompt:
@@ -196,7 +196,7 @@ class TextAnswer:
                 body = scoring(first.prompt_ids, self._asked.logprobs)
                 requests.append(Request(b"/completion", encode(body), Body(first.scored)))
         if requests:
-            await _Scoring(self._call.reply, child, "prompt", too_long).run(requests, lambda: None)
+            await _Scoring(self._call, child, "prompt", too_long).run(requests, lambda: None)
         if self._call.reply.closed or any(len(c.prompt_ids) != len(c.logprobs.found.tokens) for c in firsts):
             if not self._call.reply.closed:
                 raise _unscorable()

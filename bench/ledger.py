@@ -1,0 +1,198 @@
+"""What a large history costs: seeds keys and rows of the ledger into a new data directory, and measures
+
+    python bench/ledger.py DATA [--keys 100000] [--rows 10000000] [--fold 100000]
+
+the start until the first answer (beside that of an empty directory), a month's usage grouped by project and model and
+other queries over HTTP, and the CPU time that moving an entry from the journal into the database takes. The rows are of
+the last 30 days, of 200 projects and 12 models; SQLite writes them itself, with the sums that go with them. What DATA
+has been seeded with is used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import random
+import secrets
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from tertulia.accounts.entry import Entry
+from tertulia.accounts.fold import FIGURES, month_of
+from tertulia.accounts.ledger import Ledger
+from tertulia.config import load
+from tertulia.server import Server
+from tertulia.store.database import open_database
+
+DAYS, PROJECTS, MODELS = 30, 200, 12
+DAY, HOUR = 86400, 3600
+CONFIG = 'chat_model = "mock"\nembedding_model = "mock-embedding"\nport = 0\n'
+ADMIN = "sk-admin-bench-0123456789abcdef"
+
+
+def seed(data: Path, keys: int, rows: int) -> None:
+    """One key of each project makes most of the calls; the rest are of its other keys."""
+    server = Server(load({"data": str(data), "admin_key": ADMIN}, {}))
+    organization, project = server.directory.home()
+    server.database.dispose()
+    with sqlite3.connect(data / "tertulia.db") as connection:
+        connection.execute("PRAGMA cache_size = -400000")
+        first = connection.execute("SELECT owner_id FROM api_keys WHERE project_id = ?", (project,)).fetchone()
+        connection.executemany(
+            "INSERT INTO records SELECT ?, kind, parent, NULL, created_at, NULL, 1, body FROM records WHERE id = ?",
+            [(f"proj_{at:024x}", project) for at in range(PROJECTS)],
+        )
+        connection.executemany(
+            "INSERT INTO api_keys VALUES (?,'project',?,?,?,?,?,'sk-...',NULL,0,NULL,NULL,NULL,1)",
+            (
+                (f"key_{at:024x}", organization, f"proj_{at % PROJECTS:024x}", *first, f"key {at}", os.urandom(32))
+                for at in range(keys)
+            ),
+        )
+        began = time.monotonic()
+        seed_rows(connection, keys, rows)
+    with sqlite3.connect(data / "tertulia.db") as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    print(f"{rows:,} rows and {keys:,} keys seeded in {time.monotonic() - began:.0f} s")
+    (data / "seeded").touch()
+
+
+def seed_rows(connection: sqlite3.Connection, keys: int, rows: int) -> None:
+    now = int(time.time())
+    connection.execute("INSERT INTO writers VALUES (1, 'seed', 0)")
+    connection.execute(
+        f"""
+        WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows}),
+        drawn AS MATERIALIZED (
+            SELECT i, abs(random() % {PROJECTS}) p, abs(random() % {MODELS}) m, abs(random() % 10) k,
+                abs(random() % {max(1, keys // PROJECTS)}) other, abs(random() % 1000) tokens FROM n
+        )
+        INSERT INTO ledger
+        SELECT (1 << 52) | i * 400, {now - DAYS * DAY} + i * {DAYS * DAY} / {rows}, printf('req_%032x', i), 1,
+            printf('key_%024x', p + {PROJECTS} * (CASE WHEN k = 0 THEN other ELSE 0 END)), printf('proj_%024x', p),
+            'chat', 'model-' || m, 'model-' || m, 'far', 200, 'finished', 500, 1000 + tokens, tokens, 0, 0,
+            150000 + tokens * 750, 'stream', NULL
+        FROM drawn
+        """
+    )
+    sums = "count(*), sum(prompt_tokens), sum(completion_tokens), sum(cached_tokens), sum(reasoning_tokens), sum(cost)"
+    figures = ", ".join(FIGURES)
+    connection.execute(
+        f"INSERT INTO usage_hours (hour, project_id, key_id, kind, model, {figures}) "
+        f"SELECT at - at % {HOUR}, project_id, key_id, 'completions', model, {sums} FROM ledger GROUP BY 1, 2, 3, 4, 5"
+    )
+    sums = ", ".join(f"sum({name})" for name in FIGURES)
+    connection.execute(
+        f"INSERT INTO usage_days (day, project_id, kind, model, {figures}) "
+        f"SELECT hour - hour % {DAY}, project_id, kind, model, {sums} FROM usage_hours GROUP BY 1, 2, 3, 4"
+    )
+
+
+class Running:
+    """`tertulia serve` on a data directory; seconds: from its start to its first answer."""
+
+    def __init__(self, data: Path) -> None:
+        data.mkdir(parents=True, exist_ok=True)
+        (data / "bench.toml").write_text(CONFIG)
+        began = time.monotonic()
+        command = [sys.executable, "-m", "tertulia", "serve", "--config", str(data / "bench.toml"), "--data", str(data)]
+        environment = {**os.environ, "TERTULIA_ADMIN_KEY": ADMIN}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert self.process.stdout is not None
+        self.url = next(line.split()[-1] for line in self.process.stdout if "answers on http" in line)
+        urllib.request.urlopen(self.url.removesuffix("/v1") + "/healthz").read()
+        self.seconds = time.monotonic() - began
+
+    def ask(self, path: str) -> tuple[float, bytes]:
+        """Seconds, and the answer."""
+        asked = urllib.request.Request(self.url + path, headers={"authorization": f"Bearer {ADMIN}"})
+        began = time.perf_counter()
+        with urllib.request.urlopen(asked) as answer:
+            data = answer.read()
+        return time.perf_counter() - began, data
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+def measure(data: Path) -> None:
+    with tempfile.TemporaryDirectory() as empty:
+        Running(Path(empty)).stop()  # makes the tables
+        small = [Running(Path(empty)) for _ in range(1)]
+        small[0].stop()
+        print(f"start, empty directory       {small[0].seconds:8.2f} s")
+    running = Running(data)
+    status = Path(f"/proc/{running.process.pid}/status").read_text()
+    resident = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
+    print(f"start, seeded directory      {running.seconds:8.2f} s, {int(resident) / 1024:.0f} MB resident")
+    month, now = int(time.time()) - DAYS * DAY, int(time.time())
+    by = "group_by[]=project_id&group_by[]=model"
+    for name, path in (
+        ("month by project and model", f"/organization/usage/completions?start_time={month}&limit=31&{by}"),
+        ("month, sum", f"/organization/usage/completions?start_time={month}&limit=31"),
+        ("month's costs by project", f"/organization/costs?start_time={month}&limit=31&group_by[]=project_id"),
+        ("week by the hour", f"/organization/usage/completions?start_time={now - 7 * DAY}&bucket_width=1h&limit=168"),
+        ("month by key", f"/organization/usage/completions?start_time={month}&limit=31&group_by[]=api_key_id"),
+        ("day by the minute", f"/organization/usage/completions?start_time={now - DAY}&bucket_width=1m&limit=1440"),
+    ):
+        times = sorted(running.ask(path)[0] for _ in range(5))
+        answer = running.ask(path)[1]
+        results = answer.count(b'.result"')
+        print(f"{name:28} {times[2] * 1000:8.0f} ms (median of 5), {results:,} results, {len(answer) / 1e6:.1f} MB")
+    running.stop()
+
+
+def fold(data: Path, count: int) -> None:
+    """In a process that is as the server is: what is loaded is frozen."""
+    chance, now = random.Random(1), time.time() - 5 * DAY  # a start counts what was asked in the last minute
+    with tempfile.TemporaryDirectory() as place:
+        ledger = Ledger(Path(place), open_database(data))
+        assert ledger.fold is not None
+        for at in range(count):
+            key = chance.randrange(1000)
+            entry = Entry(
+                f"req_{secrets.token_hex(16)}", 1, now + at / 2000, f"key_{key:024x}", f"proj_{key % PROJECTS:024x}",
+                "chat", "model-1", "model-1", 200, "finished", 12.34, True, 25, 10, cost=12345, cache="miss",
+                client="127.0.0.1", target="far",
+            )  # fmt: skip
+            ledger.intend(entry.id, 1, entry.key, entry.project, "chat", "model-1", "model-1", "far", 25, 12345)
+            ledger.append(entry)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 50)
+        began, cpu = time.monotonic(), time.process_time()
+        ledger.catch_up()
+        cpu, seconds = time.process_time() - cpu, time.monotonic() - began
+        print(
+            f"fold                         {cpu / count * 1e6:8.2f} us of CPU an entry, {seconds / count * 1e6:.2f} us"
+        )
+        began = time.monotonic()
+        spent = ledger.spent()
+        took = (time.monotonic() - began) * 1000
+        print(f"spent since {time.strftime('%Y-%m-%d', time.gmtime(month_of(now)))}       {took:8.0f} ms, "
+              f"{len(spent)} projects")  # fmt: skip
+        ledger.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--keys", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--fold", type=int, default=100_000)
+    options = parser.parse_args()
+    if not (options.data / "seeded").exists():
+        seed(options.data, options.keys, options.rows)
+    measure(options.data)
+    fold(options.data, options.fold)
+
+
+if __name__ == "__main__":
+    main()

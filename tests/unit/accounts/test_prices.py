@@ -1,0 +1,125 @@
+"""What tokens cost: who has the last word, to the last nano-dollar, and never silently nothing."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from tertulia.accounts.prices import FREE, Price, Prices, dearest, find_listed, list_date, list_prices
+from tertulia.core import ModelCard, Target, Usage
+from tertulia.errors import SettingsError
+
+
+class Far:
+    name = "far"
+
+    def __init__(self, **theirs: str) -> None:
+        self._theirs = theirs
+
+    def theirs(self, model: str) -> str:
+        return self._theirs.get(model, model)
+
+
+def target(model: str, engine: Any = None, source: str = "upstream:far") -> Target:
+    return Target(engine or Far(), model, ModelCard(id=model, kind="chat", source=source))
+
+
+def test_configured_prices_have_the_last_word_then_the_upstream_s_then_the_list() -> None:
+    it = Prices({"a": {"input": 1, "output": 2}}, {"far": {"a": {"input": 9}, "b": {"input": 3, "output": 4}}})
+    usage = Usage(1000, 1000)
+    assert it.of(target("a"), usage) == 3_000_000
+    assert it.of(target("b"), usage) == 7_000_000
+    assert it.of(target("gpt-4o"), usage) == 12_500_000
+    assert it.of(target("mine", Far(mine="gpt-4o-mini-2024-07-18")), usage) == 750_000
+
+
+def test_an_unknown_price_is_known_to_be_unknown_and_a_model_of_this_machine_is_free() -> None:
+    it = Prices({"priced": {"output": 5}})
+    assert it.find(target("llama-99")) is None
+    assert it.find(target("gpt-4o", source="file:/m.gguf")) is FREE
+    near = it.find(target("priced", source="file:/m.gguf"))
+    assert near is not None and near.output == 5_000_000
+
+
+def test_cached_tokens_and_those_written_to_the_cache_have_prices_of_their_own() -> None:
+    it = Prices({"m": {"input": 4, "cached_input": 1, "output": 8}})
+    assert it.of(target("m"), Usage(1000, 10, cached_tokens=600)) == 400 * 4000 + 600 * 1000 + 10 * 8000
+    listed = Prices({})
+    sol = target("gpt-6.2-sol")
+    assert listed.of(sol, Usage(1000, 0)) == 2_000_000
+    assert listed.of(sol, Usage(1000, 0, cached_tokens=1000)) == 100_000
+    assert listed.of(sol, Usage(1000, 0, cache_write_tokens=1000)) == 2_500_000
+    assert listed.of(sol, Usage(1000, 0, cached_tokens=900, cache_write_tokens=900)) == 2_000_000  # a contradiction
+    assert listed.of(sol, Usage(1000, 0), "priority") == 4_000_000
+    assert listed.of(sol, Usage(300_000, 1000)) == 300_000 * 4000 + 1000 * 15_000
+    assert it.of(target("m"), Usage(1000, 0), "priority") == 4_000_000  # what is configured is meant
+
+
+@given(
+    some.integers(0, 10**7), some.integers(0, 10**7), some.integers(0, 10**7), some.integers(0, 400_000),
+    some.integers(0, 10**6), some.floats(0, 1), some.floats(0, 1), some.booleans(),
+)  # fmt: skip
+def test_the_worst_case_is_the_worst_case(
+    input: int, written: int, output: int, prompt: int, completion: int, cached: float, put: float, long: bool
+) -> None:
+    price = Price(input, input // 2, output, max(input, written))
+    price.long = long
+    read = int(prompt * cached)
+    write = int((prompt - read) * put)
+    assert 0 <= price.cost(prompt, read, completion, write) <= price.most(prompt, completion)
+
+
+def test_the_dearest_is_so_in_everything() -> None:
+    one, other = Price(1, 1, 9), Price(5, 2, 3, 7)
+    found = dearest([one, other])
+    assert (found.input, found.cached, found.output, found.written) == (5, 2, 9, 7)
+    assert dearest([]).most(10**6, 10**6) == 0
+
+
+def test_fractions_of_nano_dollars_are_rounded_up_once() -> None:
+    it = Prices({"m": {"input": 0.0375, "output": 0}})
+    assert it.of(target("m"), Usage(1, 0)) == 38
+    assert it.of(target("m"), Usage(1_000_000, 0)) == 37_500_000
+    assert Prices({"m": {"input": 1e-6}}).of(target("m"), Usage(1_000_000, 0)) == 1000
+
+
+@pytest.mark.parametrize(
+    ("price", "said"),
+    [
+        ({"input": float("nan")}, "prices.m.input: expected a number of US dollars, got nan"),
+        ({"output": float("inf")}, "prices.m.output: expected a number of US dollars, got inf"),
+        ({"cached_input": -0.1}, "prices.m.cached_input: must not be negative"),
+        ({"input": 5_000_000}, "prices.m.input: more than a dollar a token; prices are per million tokens"),
+        ({"request": 1}, "prices.m.request: there is no such price; known are input, cached_input, output"),
+    ],
+)
+def test_a_wrong_price_is_a_mistake_of_the_settings(price: dict[str, float], said: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        Prices({"m": price})
+    assert error.value.message == said
+    with pytest.raises(SettingsError, match=r"upstreams\.far\."):
+        Prices({}, {"far": {"m": price}})
+
+
+def test_the_list_has_a_date_and_sensible_rows() -> None:
+    assert datetime.date.fromisoformat(list_date()) >= datetime.date(2026, 11, 1)
+    prices = list_prices()
+    assert len(prices) > 80
+    for name, price in prices.items():
+        assert 0 < price.input <= 150_000_000 and price.cached <= price.input <= price.written, name
+        assert price.output >= price.input or name.startswith("text-embedding-"), name
+        assert price.context and price.max_output <= price.context, name
+
+
+def test_dated_and_fine_tuned_names_are_found() -> None:
+    prices = list_prices()
+    assert find_listed(prices, "gpt-4o-2024-08-06") is prices["gpt-4o"]
+    assert find_listed(prices, "gpt-4o-2024-05-13") is prices["gpt-4o-2024-05-13"]
+    assert find_listed(prices, "ft:gpt-4o-mini-2024-07-18:acme::x1") is prices["ft:gpt-4o-mini"]
+    assert find_listed(prices, "openai/gpt-5.4-mini") is prices["gpt-5.4-mini"]
+    assert find_listed(prices, "gpt-4o-turbo-max") is None
+    assert find_listed(prices, "ft:gpt-4:acme::x1") is None
