@@ -2,9 +2,9 @@
 
     python bench/overshoot.py [--runs 5] [--callers 1000] [--worth 100] [--leaving 0.3] [--failing 0.3] [--kill]
 
-Each run starts a gateway with a limit of money worth --worth of the requests, and one of --callers that all ask at once
-and come back as long as they are told to. Shares of them leave in the middle or ask for a model whose upstream fails;
-with --kill the gateway is killed with SIGKILL when a third is answered, and started again. Printed are, as shares of the
+Each run starts a gateway with a limit of money worth --worth of the requests, and --callers that all ask at once and
+come back as long as they are told to. Shares of them leave in the middle or ask for a model whose upstream fails; with
+--kill the gateway is killed with SIGKILL when a third is answered, and started again. Printed are, as shares of the
 limit, what the upstream answered and what the gateway says was spent, and what is still reserved at the end; exit code
 1 if anything was overshot, stayed reserved, or less than 95 % could be used.
 """

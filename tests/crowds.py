@@ -1,16 +1,15 @@
-"""Crowds that press against a limit, and what came of it by the upstream's own count: for the tests of overshoot, and for
-bench/overshoot.py with more of everything.
+"""Crowds that press against a limit, and what came of it by the upstream's own count: for the tests of overshoot, and
+for bench/overshoot.py with more of everything.
 
-Each caller asks once, for a stream or not, and tries again when and if it is told to. Some leave in the middle, some ask
-for a model that fails, and the gateway may be killed with SIGKILL and started again on the same data. What the upstream
-answered is what it says it did: so many requests, so many tokens, times the price.
+Each caller asks once, for a stream or not, and tries again when and if it is told to. Some leave in the middle, some
+ask for a model that fails, and the gateway may be killed with SIGKILL and started again on the same data. What the
+upstream answered is what it says it did: so many requests, so many tokens, times the price.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random
 import re
 import signal
@@ -147,8 +146,8 @@ def of_project(found: dict[str, float], name: str) -> int:
 
 
 def answered(upstream: Mock) -> tuple[int, int, int]:
-    """(requests, tokens, nano-dollars) that the upstream has answered by its own count: a refusal costs nothing, what was
-    broken off or left as much as had been sent."""
+    """(requests, tokens, nano-dollars) that the upstream has answered by its own count: a refusal costs nothing, what
+    was broken off or left as much as had been sent."""
     requests = tokens = cost = 0
     for record in upstream.requests():
         refused = record["tokens"] == 0  # or nothing of it was made before its end

@@ -1,5 +1,5 @@
-"""The two nouns that do something: a Call on its way to who answers it, and its Reply on the way back. Everything else
-of the vocabulary is in core, which offers these as well.
+"""Who asks, and the two nouns that do something: a Call on its way to who answers it, and its Reply on the way back.
+Everything else of the vocabulary is in core, which offers these as well.
 
 This module is on the way of every piece of every answer, and is one of those that are compiled where there is a C
 compiler (setup.py): no msgspec structs in them, whose annotations do not survive that.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from .errors import DeadlineExceeded, TertuliaError
 
 if TYPE_CHECKING:
-    from .core import Plan, Principal, Target, Task, Usage
+    from .core import Plan, Target, Task, Usage
 
 FINISHED: Final = "finished"
 FAILED: Final = "failed"
@@ -22,6 +22,37 @@ CLIENT_LEFT: Final = "client_left"
 DEADLINE: Final = "deadline"
 STOPPED: Final = "stopped"
 BYTES_PER_TOKEN: Final = 4  # of a prompt that nobody has counted
+
+
+class Principal:
+    """Who asks: one API key with the project and organization it belongs to. One object per key, kept in memory."""
+
+    __slots__ = (
+        "account",
+        "expires_at",
+        "key_id",
+        "kind",
+        "lines",
+        "organization",
+        "owner_id",
+        "project",
+        "scopes",
+        "state",
+        "used",
+    )  # fmt: skip
+
+    def __init__(self, key_id: str, organization: str, project: str, kind: str = "project") -> None:
+        self.key_id = key_id
+        self.organization = organization
+        self.project = project
+        self.kind = kind  # "project" or "admin"
+        self.scopes: frozenset[str] | None = None  # None: everything its kind may do
+        self.owner_id: str | None = None  # a user or a service account; None: the organization's owner
+        self.expires_at: int | None = None  # unix seconds
+        self.account: Any = None  # an accounts.projects.Project; None for admin keys
+        self.used = 0  # unix seconds, set by the meter
+        self.state: Any = None  # admit's counters for the project; opaque to everyone else
+        self.lines: bytes | None = None  # the edge's response headers for it; opaque too
 
 
 class Wishes(NamedTuple):
@@ -66,6 +97,9 @@ class Watch(Protocol):
 
     def lost(self, call: Call, error: TertuliaError) -> bool:
         """The attempt under way is over, and the call is not: whether another one may follow."""
+
+    def continues(self, call: Call, more: int) -> bool:
+        """The call is to go on where its answer broke off, after so many bytes of it: whether it may."""
 
 
 GONE: list[Any] = []  # of a reply that is closed; nobody adds to it
@@ -196,8 +230,11 @@ class Reply:
         if self.closed:
             return
         error.__traceback__ = error.__context__ = None  # their frames refer to the call, which keeps the error
-        if self.recover is not None and self.recover(error):
-            return
+        try:
+            if self.recover is not None and self.recover(error):
+                return
+        except Exception:  # a defect of ours; whatever it was, the client is told of the first error
+            self.recover = None
         self.error = error
         if not self.begun or not self.stream:  # of an answer in one piece nothing has left yet
             self.begun = False
@@ -363,7 +400,6 @@ class Call:
         self.cache = ""
         self.client = ""
 
-
     def sending(self) -> None:
         """An engine says: the bytes of an attempt leave now."""
         if self.watch is not None:
@@ -372,6 +408,10 @@ class Call:
     def lost(self, error: TertuliaError) -> bool:
         """The attempt under way, if any, has failed: whether another one may follow."""
         return self.watch.lost(self, error) if self.open and self.watch is not None else True
+
+    def may_continue(self, more: int) -> bool:
+        """Whether the call may go on where its answer broke off, with so many bytes of it in its prompt."""
+        return self.watch is None or self.watch.continues(self, more)
 
     def take_over(self, other: Call) -> None:
         """What was sent to engines for other counts as ours."""

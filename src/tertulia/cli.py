@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TertuliaError as error:
         print(f"tertulia: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
+    except BrokenPipeError:  # whoever read has had enough; Python must not complain about it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -319,6 +323,8 @@ def export_ledger(options: argparse.Namespace) -> int:
     from .store.database import open_database
 
     settings = settings_of(options)
+    if options.since is not None and options.until is not None and options.since >= options.until:
+        raise SettingsError("--since must be before --until: there is nothing between them")
     file = Path(options.output) if options.output else None
     found = rows(
         open_database(settings.data_dir, settings.database), settings.data_dir,

@@ -20,9 +20,10 @@ from .core import Preset
 from .errors import SettingsError
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
-Positive = Annotated[int, Meta(ge=1)]
+Positive = Annotated[int, Meta(ge=1, le=10**15)]  # what a double, and so any client, still holds exactly
 Seconds = Annotated[float, Meta(gt=0, le=2_678_400)]  # a month; infinity is no number for a timer
-NotNegative = Annotated[int, Meta(ge=0)]
+NotNegative = Annotated[int, Meta(ge=0, le=10**15)]
+Days = Annotated[int, Meta(ge=0, le=36_500)]
 Dollars = Annotated[float, Meta(ge=0, le=1e9)]
 Named = Annotated[str, Meta(min_length=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -202,8 +203,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = None
     reserve_output: Annotated[
         Positive | None,
-        Meta(description="tokens that tokens_per_minute sets aside for an answer without a given maximum; the model's "
-             "longest if not given"),
+        Meta(
+            description="tokens that tokens_per_minute sets aside for an answer without a given maximum; the model's "
+            "longest if not given"
+        ),
     ] = None
     spend_limit: Annotated[
         Dollars | None, Meta(description="US dollars a project may spend a calendar month; no limit if not given")
@@ -232,7 +235,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         30.0
     )
     ledger_days: Annotated[
-        NotNegative, Meta(description="days that entries of the ledger are kept in the database; 0: for good")
+        Days, Meta(description="days that entries of the ledger are kept in the database; 0: for good")
     ] = 400
     access_log: Annotated[
         str, Meta(description="file for the JSON access log; - for standard error, empty for none")

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from .call import (  # the two nouns that do something, in a module of their own
+from .call import (  # who asks, and the two nouns that do something, in a module of their own
     BYTES_PER_TOKEN,
     CLIENT_LEFT,
     DEADLINE,
@@ -20,6 +20,7 @@ from .call import (  # the two nouns that do something, in a module of their own
     STOPPED,
     Call,
     Next,
+    Principal,
     Reply,
     Sink,
     Source,
@@ -34,37 +35,6 @@ __all__ = [
     "Next", "Plan", "Preset", "Principal", "Reply", "Sink", "Source", "Stage", "Target", "Task", "Usage", "Wishes",
     "retry_headers",
 ]  # fmt: skip
-
-
-class Principal:
-    """Who asks: one API key with the project and organization it belongs to. One object per key, kept in memory."""
-
-    __slots__ = (
-        "account",
-        "expires_at",
-        "key_id",
-        "kind",
-        "lines",
-        "organization",
-        "owner_id",
-        "project",
-        "scopes",
-        "state",
-        "used",
-    )  # fmt: skip
-
-    def __init__(self, key_id: str, organization: str, project: str, kind: str = "project") -> None:
-        self.key_id = key_id
-        self.organization = organization
-        self.project = project
-        self.kind = kind  # "project" or "admin"
-        self.scopes: frozenset[str] | None = None  # None: everything its kind may do
-        self.owner_id: str | None = None  # a user or a service account; None: the organization's owner
-        self.expires_at: int | None = None  # unix seconds
-        self.account: Any = None  # an accounts.projects.Project; None for admin keys
-        self.used = 0  # unix seconds, set by the meter
-        self.state: Any = None  # admit's counters for the project; opaque to everyone else
-        self.lines: bytes | None = None  # the edge's response headers for it; opaque too
 
 
 NOBODY = Principal("", "", "", "nobody")

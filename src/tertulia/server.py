@@ -119,6 +119,7 @@ class Server:
                 return key  # there is no project that a key would be good for
             key = make_key("project", None)
             self.directory.add_key(key, "project", organization, project, "client.env")
+            print("tertulia: client.env held no key in force: a new one was made for it", file=sys.stderr, flush=True)
         return key
 
     def write_client_env(self) -> None:
@@ -149,6 +150,7 @@ class Server:
         )  # fmt: skip
         self.directory.on_change += [admit.changed, self.alerts.changed]
         self.meter.charge, self.meter.may_follow = admit.lost, admit.may_follow
+        self.meter.may_continue = admit.may_continue
         self.route = Route(settings, self.names)
         self.cache = Cache(settings, self.data)
         self.cache.flights.account = self._unclaimed

@@ -728,13 +728,47 @@ def test_a_body_that_is_too_large_is_refused(served: Served) -> None:
     [
         ("limit=0", "limit", "integer_below_min_value"), ("limit=101", "limit", "integer_above_max_value"),
         ("limit=ten", "limit", "invalid_type"), ("nonsense=1", "nonsense", "unknown_parameter"),
-        ("include_archived=maybe", "include_archived", "invalid_value"), ("after=proj_nobody", "after", None),
+        ("include_archived=maybe", "include_archived", "invalid_value"),
         ("limit=1&limit=2", "limit", "invalid_value"), ("order=desc", "order", "unknown_parameter"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_query_is_said(served: Served, query: str, param: str, code: str | None) -> None:
     status, error = send(served, "GET", f"/organization/projects?{query}", served.admin_key)
     assert (status, error["param"], error["code"]) == (400, param, code)
+
+
+def test_a_cursor_that_is_nothing_is_not_found(served: Served, organization: Any) -> None:
+    """In every list that has cursors, whether it is read a page at a time or is in memory."""
+    project, person = organization.projects.create(name="cursors").id, user(organization)
+    organization.projects.users.create(project, user_id=person, role="member")
+    group = organization.groups.create(name=names("cursors")[0]).id
+    ids = {"project_id": project, "user_id": person, "group_id": group}
+    seen = 0
+    for row in ROWS:
+        if row.verb != "list":
+            continue
+        path = row.path.format(**ids)
+        for cursor in row.kind.paging.parameters:
+            if cursor in ("after", "before"):
+                status, error = send(served, "GET", f"{path}?{cursor}=nobody", served.admin_key)
+                assert (status, error["param"]) == (404, cursor), (path, status, error)
+                assert error["type"] == "invalid_request_error"
+                seen += 1
+    assert seen > 15
+
+
+def test_a_cursor_that_is_gone_still_marks_its_place(served: Served, organization: Any) -> None:
+    """So that whoever deletes what he pages through finds all of it."""
+    project = organization.projects.create(name="gone").id
+    people = sorted(user(organization) for _ in range(3))
+    for person in people:
+        organization.projects.users.create(project, user_id=person, role="member")
+    path = f"/organization/projects/{project}/users?limit=2"
+    page = send(served, "GET", path, served.admin_key)[1]
+    for member in page["data"]:
+        organization.projects.users.delete(member["id"], project_id=project)
+    rest = send(served, "GET", f"{path}&after={page['last_id']}", served.admin_key)[1]
+    assert [member["id"] for member in (*page["data"], *rest["data"])] in (people, people[::-1])
 
 
 def test_arrays_may_be_spelled_in_both_ways(served: Served, organization: Any) -> None:

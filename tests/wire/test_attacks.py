@@ -5,6 +5,7 @@ at the upstream; none is an unexpected error.
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import string
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,10 @@ from conftest import Served, serve
 from echo_upstream import Echo
 from house.sources import MODULES
 from tertulia.accounts import keys
+from tertulia.accounts.directory import Directory
 from tertulia.api.admin.table import ELSEWHERE, ROWS
+from tertulia.errors import Unauthorized
+from tertulia.store.database import open_database
 
 FAR_KEY = "sk-far-never-to-be-seen-0123456789"
 CHAT = {"model": "far", "messages": [{"role": "user", "content": "hi"}]}
@@ -942,9 +946,10 @@ def test_a_key_is_found_by_the_keyed_hash_of_all_of_it() -> None:
     ]
     assert max(alike) < 8, "hashes of near keys are near"
     source = MODULES["tertulia.accounts.directory"].tree
-    [body] = [node for node in ast.walk(source) if isinstance(node, ast.FunctionDef) and node.name == "authenticate"]
+    [body] = [node for node in ast.walk(source) if isinstance(node, ast.FunctionDef) and node.name == "_find"]
     text = ast.unparse(body)
-    assert "keys.get(keys.digest(key, self._pepper))" in text
+    assert "hash = keys.digest(key, self._pepper)" in text and "keys.get(hash, NOBODY)" in text
+    assert "if hmac.compare_digest(found, hash)" in text
     compared = [ast.unparse(node) for node in ast.walk(body) if isinstance(node, ast.Compare)]
     assert not [one for one in compared if re.search(r"\bkey\b(?!\))", one)], compared
 
@@ -968,24 +973,51 @@ def test_secrets_are_not_compared_byte_by_byte() -> None:
     assert not found, found
 
 
-def test_how_long_a_guess_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A measurement to look at (-rP), no assertion on time: guesses that begin as a key does, more and more of it."""
-    pepper = secrets.token_bytes(32)
-    known = {keys.digest(keys.make("project", None).encode(), pepper): number for number in range(10_000)}
-    key = keys.make("project", None)
-    known[keys.digest(key.encode(), pepper)] = -1
-    letters = string.ascii_letters + string.digits
-    print("letters of the key in the guess: median and spread of 2,000 look-ups in ns")
-    for right in (0, 8, 16, 32, len(key) - 1, len(key)):
-        guesses = [
-            (key[:right] + "".join(secrets.choice(letters) for _ in range(len(key) - right))).encode()
-            for _ in range(200)
-        ]
-        times = []
-        for guess in guesses * 10:
+def test_how_long_a_guess_takes(tmp_path: Path) -> None:
+    """A guess that has all letters of a key but one takes as long as one that has none, in the look-up and in all that
+    a refusal takes: no coarse trend. That one would be found is shown with a comparison letter by letter."""
+    database = open_database(tmp_path)
+    directory = Directory(database, tmp_path)
+    directory.first_start(None, None)
+    organization, project = directory.home()
+    made = [keys.make("project", None) for _ in range(200)]
+    directory.add_keys(made, "project", organization, project, "known")
+    key = made[100]
+    assert directory._find(key.encode()) is directory.authenticate(key.encode())
+
+    def refused(guess: bytes) -> None:
+        with contextlib.suppress(Unauthorized):
+            directory.authenticate(guess)
+
+    def letter_by_letter(guess: bytes) -> bool:
+        return all(one == other for one, other in zip(guess, key.encode(), strict=True))
+
+    try:
+        for attempt in (directory._find, refused):
+            assert 1 / 2 < trend(attempt, key) < 2, attempt
+        assert trend(letter_by_letter, key) > 2
+    finally:
+        database.dispose()
+
+
+def trend(attempt: Callable[[bytes], object], key: str) -> float:
+    """How many times as long it takes for guesses with all letters of the key but the last as for guesses with none:
+    the medians of batches that take turns, so that what else the machine does meets both."""
+    none, nearly = guesses(key, 0), guesses(key, len(key) - 1)
+    times: dict[int, list[int]] = {0: [], 1: []}
+    for _ in range(60):
+        for which, batch in enumerate((none, nearly)):
             began = time.perf_counter_ns()
-            known.get(keys.digest(guess, pepper))
-            times.append(time.perf_counter_ns() - began)
-        low, middle, high = statistics.quantiles(times, n=4)
-        print(f"  {right:3}: {middle:6.0f} ({high - low:.0f})")
-        assert known.get(keys.digest(guesses[0], pepper)) == (-1 if right == len(key) else None)
+            for guess in batch:
+                attempt(guess)
+            times[which].append(time.perf_counter_ns() - began)
+    return statistics.median(times[1]) / statistics.median(times[0])
+
+
+def guesses(key: str, right: int) -> list[bytes]:
+    """100 that have so many first letters of the key, and no other letter in its place."""
+    letters = string.ascii_letters + string.digits
+    return [
+        (key[:right] + "".join(secrets.choice(letters.replace(letter, "")) for letter in key[right:])).encode()
+        for _ in range(100)
+    ]

@@ -281,7 +281,7 @@ def poor_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A token costs a tenth of a cent here, and a cent may be spent."""
     served = serve(
         tmp_path_factory.mktemp("poor"),
-        "spend_limit = 0.01\n[prices.mock]\noutput = 1000\n[prices.mock-embedding]\ninput = 1000\n",
+        "spend_limit = 0.01\n[prices.mock]\ninput = 0\noutput = 1000\n[prices.mock-embedding]\ninput = 1000\n",
         "--chat-model", "mock", "--embedding-model", "mock-embedding",
     )  # fmt: skip
     yield served

@@ -243,12 +243,12 @@ def test_what_is_set_for_nobody_is_said_at_the_start_and_on_reload(
     served: Callable[[str], Config], quick: mock_upstream.Mock
 ) -> None:
     good = upstream("quick", quick, "far")
-    config = served(good + "[prices.farr]\ninput = 1\n[policies.key_1]\npriority = 'high'\n")
+    config = served(good + "[prices.farr]\ninput = 1\noutput = 1\n[policies.key_1]\npriority = 'high'\n")
     assert "WARNING tertulia: prices.farr: no model has that name, so nothing costs that; did you mean far?" in (
         config.errors()
     )
     assert "WARNING tertulia: policies.key_1: no key has that id" in config.errors()
-    config.change(good + "[prices.far]\ninput = 1\n[policies.key_2]\npriority = 'high'\n")
+    config.change(good + "[prices.far]\ninput = 1\noutput = 1\n[policies.key_2]\npriority = 'high'\n")
     until(lambda: "policies.key_2: no key has that id" in config.errors())
     assert "prices.far:" not in config.errors()
 

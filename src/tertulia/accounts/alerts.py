@@ -1,8 +1,10 @@
 """Spend alerts: when a project or the organization has spent as much as an alert says, its recipients are told, once a
-calendar month, by e-mail and by a webhook.
+calendar month, by e-mail and by a webhook. One whose threshold is changed is another one.
 
     the loop   Budget.pay ─> crossed(): a message in a queue, nothing else
     a thread   which alerts that are; claims each in the table alerts_sent; tells, again and again until it is told
+
+An alert that nobody can be told of (no channel, no recipient) is not claimed: it is told when there is somebody.
 
 Whichever process claims an alert tells it, and notes when it has: a claim that has been silent for ten minutes is of a
 process that is gone, and another takes it over. So an alert is told once; only if a process dies between telling and
@@ -69,15 +71,24 @@ class News(NamedTuple):
     at: int
 
     @property
+    def key(self) -> tuple[str, str]:
+        """What is told once: the alert with its threshold, in a month. As in alerts_sent, whose ids end at 64."""
+        id = f"{self.alert.id}:{self.alert.threshold // NANO_PER_CENT}"
+        return (id if len(id) <= 64 else hashlib.sha256(id.encode()).hexdigest()), self.period
+
+    @property
     def id(self) -> str:
         """The same for every try, whoever tells."""
-        return f"evt_{hashlib.sha256(f'{self.alert.id}/{self.period}'.encode()).hexdigest()[:24]}"
+        return f"evt_{hashlib.sha256('/'.join(self.key).encode()).hexdigest()[:24]}"
 
 
 class Channel(Protocol):
     """Where news go."""
 
     name: str
+
+    def reaches(self, alert: Alert) -> bool:
+        """Whether there is anybody to tell through it."""
 
     def tell(self, news: News) -> None:
         """Returns when it is told. Raises OSError or Undelivered if it could not be."""
@@ -99,6 +110,7 @@ class _Job:
 
     def __init__(self, news: News, channels: Sequence[Channel]) -> None:
         self.news, self.left = news, list(channels)
+        self.where = ", ".join(channel.name for channel in channels)
         self.tries = 0
         self.due = 0.0
 
@@ -114,8 +126,9 @@ class Alerts:
         self._database, self._budgets, self._read, self._organization = database, budgets, records, organization
         self._channels, self._wall = list(channels), wall
         self._alerts: list[Alert] = []
-        self._jobs: dict[tuple[str, str], _Job] = {}  # by alert and period
+        self._jobs: dict[tuple[str, str], _Job] = {}  # by the key of its news
         self._done: set[tuple[str, str]] = set()
+        self._unheard: set[tuple[str, str]] = set()  # of which there is nobody to tell, and that has been said
         self._others: dict[tuple[str, str], float] = {}  # claimed by another process: when to look again
         self._queue: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -180,20 +193,32 @@ class Alerts:
                 budget.alert_at = min((one.threshold for one in mine if one.threshold > spent), default=UNLIMITED)
                 if budget.spent < budget.alert_at:  # else it was crossed just now
                     break
-        for claimed in [key for key in self._done if key[1] != period]:
-            self._done.discard(claimed)
+        for keys in (self._done, self._unheard):
+            keys.difference_update([key for key in keys if key[1] != period])
 
     def _claim(self, news: News) -> None:
-        key, now = (news.alert.id, news.period), time.monotonic()
+        key, now = news.key, time.monotonic()
         if key in self._done or key in self._jobs or self._others.get(key, 0.0) > now:
             return
-        if self._take(news):
-            self._jobs[key] = _Job(news, self._channels)
+        channels = [channel for channel in self._channels if channel.reaches(news.alert)]
+        if not channels:
+            self._nobody(news)
+        elif self._take(news):
+            self._jobs[key] = _Job(news, channels)
             self._others.pop(key, None)
+
+    def _nobody(self, news: News) -> None:
+        """Says it once. Nothing is noted, so it is told as soon as there is somebody, here or by another process."""
+        if news.key not in self._unheard:
+            self._unheard.add(news.key)
+            self.failed += 1
+            told = "nobody can be told: no channel is configured, or it has no recipient"
+            log.warning("%s has spent %s this month; alert %s: %s", news.alert.about, _dollars(news.spent),
+                        news.alert.id, told)  # fmt: skip
 
     def _take(self, news: News) -> bool:
         """Whether the alert is ours to tell. A time below zero is of a claim, one above of when it was told."""
-        c, key, now = alerts_sent.c, (news.alert.id, news.period), int(self._wall())
+        c, key, now = alerts_sent.c, news.key, int(self._wall())
         try:
             with self._database.begin() as connection:
                 connection.execute(insert(alerts_sent).values(alert_id=key[0], period=key[1], at=-now))
@@ -223,9 +248,9 @@ class Alerts:
                     job.left.remove(channel)
                 except (OSError, Undelivered, smtplib.SMTPException, http.client.HTTPException) as error:
                     self.failed += 1
-                    log.warning("spend alert %s: %s failed (%s)", key[0], channel.name, _said(error))
+                    log.warning("spend alert %s: %s failed (%s)", job.news.alert.id, channel.name, _said(error))
             if self._note(key, not job.left):
-                self._finish(key, job.news)
+                self._finish(key, job)
             else:
                 job.due = time.monotonic() + PAUSES[min(job.tries, len(PAUSES) - 1)]
                 job.tries += 1
@@ -243,12 +268,12 @@ class Alerts:
             return False
         return told
 
-    def _finish(self, key: tuple[str, str], news: News) -> None:
+    def _finish(self, key: tuple[str, str], job: _Job) -> None:
         del self._jobs[key]
         self._done.add(key)
         self.sent += 1
-        where = ", ".join(channel.name for channel in self._channels) or "nobody: no channel is configured"
-        log.warning("%s has spent %s this month; told: %s", news.alert.about, _dollars(news.spent), where)
+        news = job.news
+        log.warning("%s has spent %s this month; told: %s", news.alert.about, _dollars(news.spent), job.where)
 
 
 # channels
@@ -272,6 +297,9 @@ class Webhook:
             return base64.b64decode((self._secret() or "").removeprefix("whsec_"), validate=True)
         except ValueError:
             return b""
+
+    def reaches(self, alert: Alert) -> bool:
+        return True
 
     def tell(self, news: News) -> None:
         body = json.dumps(self.event(news)).encode()
@@ -334,10 +362,13 @@ class Mail:
         if not _address(self._sender):
             raise SettingsError("alert_from: this is no e-mail address")
 
+    def reaches(self, alert: Alert) -> bool:
+        return any(_address(one) for one in alert.recipients)
+
     def tell(self, news: News) -> None:
         recipients = [one for one in news.alert.recipients if _address(one)]
         if not recipients:
-            return
+            raise Undelivered("it has no recipient")
         with self._connected() as server:
             password = self._password()
             if self._user and password:
@@ -358,7 +389,7 @@ class Mail:
                 server.ehlo()
             elif self._password() and not _near(self._host):
                 raise Undelivered("the mail server offers no TLS: no password is sent to it")
-        except BaseException:
+        except BaseException:  # whatever it was, the connection must not stay open
             server.close()
             raise
         return server

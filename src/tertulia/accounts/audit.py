@@ -12,9 +12,8 @@ import msgspec
 from sqlalchemy import ColumnElement, Connection, Row, and_, or_, select
 
 from ..core import Principal
-from ..errors import BadRequest
 from ..store.schema import audit_logs
-from .records import Record
+from .records import Record, no_cursor
 
 LONGEST = 256  # characters kept of what a caller says of itself
 
@@ -73,7 +72,7 @@ class AuditLog:
         resource_ids: Sequence[str] = (),
     ) -> tuple[list[dict[str, Any]], bool]:  # fmt: skip
         """(up to limit entries as the API shows them, newest first; whether there are more). effective_at: any of gt,
-        gte, lt and lte to unix seconds. actor_ids are of users, service accounts or keys. Raises BadRequest for an
+        gte, lt and lte to unix seconds. actor_ids are of users, service accounts or keys. Raises NotFound for an
         after or before that is not there."""
         log = audit_logs.c
         lists = ((log.type, event_types), (log.project_id, project_ids), (log.actor_email, actor_emails),
@@ -118,7 +117,7 @@ def _beyond(connection: Connection, id: str, parameter: str) -> ColumnElement[bo
     log = audit_logs.c
     at = connection.scalar(select(log.at).where(log.id == id))
     if at is None:
-        raise BadRequest(f"There is no object with the id {id[:64]!r}.", param=parameter)
+        raise no_cursor(id, parameter)
     if parameter == "after":
         return or_(log.at < at, and_(log.at == at, log.id < id))
     return or_(log.at > at, and_(log.at == at, log.id > id))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hmac
 import logging
 import threading
 import time
@@ -36,10 +37,12 @@ log = logging.getLogger("tertulia.accounts")
 
 LOOK_SECONDS = 0.5  # between two looks for what other processes have changed
 OWNER = "owner@localhost"  # until somebody gives the first user another address
+HANGS_SECONDS = 4 * LOOK_SECONDS  # after which a look that has no answer yet is one that failed
 USED_SECONDS = 60.0  # between two times that it is written when keys were used last
 STOP_SECONDS = 3.0  # for a database that does not answer, when the server stops
 AT_ONCE = 2000  # keys looked through, or rows written, without a pause
 GONE_DAYS = 90  # how long who has a key that was revoked or expired is told so, and not that it is unknown
+NOBODY = (bytes(32), None)  # what a hash is compared with that is none of a key
 GONE = {"revoked": "has been revoked", "expired": "has expired"}
 
 
@@ -62,6 +65,8 @@ class Directory:
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._reached = time.monotonic()  # when the database was seen last
+        self._failed = False  # the last look
+        self._asked: float | None = None  # when the look began that is under way
         self._shut = False  # it has been out of reach for too long
         self._used_since = int(time.time())  # when it was written last which keys were used
         self._prepare(data)
@@ -107,7 +112,7 @@ class Directory:
 
     def ids(self) -> set[str]:
         """The ids of the keys there are."""
-        return {who.key_id for who in list(self._memory.keys.values())}
+        return {who.key_id for _, who in list(self._memory.keys.values())}
 
     def home(self) -> tuple[str, str]:
         """The organization, and the oldest of its projects that is not archived."""
@@ -120,11 +125,9 @@ class Directory:
         return found.name if found is not None else None
 
     def authenticate(self, key: bytes) -> Principal:
-        """Whose key it is. Raises Unauthorized; after too long without the database Unavailable.
-
-        Looked up by full keyed hash: what time that takes tells nothing about other keys.
-        """
-        who = self._memory.keys.get(keys.digest(key, self._pepper)) if 0 < len(key) <= KEY_LIMIT else None
+        """Whose key it is. Raises Unauthorized; Unavailable for a key that is unknown while the database is out of
+        reach, and after too long for every key."""
+        who = self._find(key)
         if who is None or self._shut or (who.expires_at is not None and who.expires_at <= time.time()):
             raise self._refusal(key)
         project: Project | None = who.account
@@ -142,11 +145,19 @@ class Directory:
                 )
         return who
 
+    def _find(self, key: bytes) -> Principal | None:
+        """Looked up by full keyed hash, and compared in constant time: how long it takes tells nothing about keys."""
+        if not 0 < len(key) <= KEY_LIMIT:
+            return None
+        hash = keys.digest(key, self._pepper)
+        found, who = self._memory.keys.get(hash, NOBODY)
+        return who if hmac.compare_digest(found, hash) else None
+
     def _refusal(self, key: bytes) -> TertuliaError:
-        if self._shut:
-            return Unavailable("Who may come in cannot be checked at the moment. Please try again later.")
         shown, hash = mask(key[: KEY_LIMIT + 1].decode("latin-1")), keys.digest(key[: KEY_LIMIT + 1], self._pepper)
         gone = "expired" if hash in self._memory.keys else self._memory.gone.get(hash)
+        if self._shut or (gone is None and self._blind):  # it may have been made elsewhere
+            return Unavailable("Who may come in cannot be checked at the moment. Please try again later.")
         if gone is None:
             said = f"Incorrect API key provided: {shown}."
         else:
@@ -177,25 +188,39 @@ class Directory:
     def look(self) -> None:
         """Brings memory up to date with the database, if that has changed. Raises Unavailable."""
         with self._looking:
-            with self.connect() as connection:
-                revision = connection.scalar(select(counters.c.value).where(counters.c.name == "directory")) or 0
-                whole = revision < self._seen or self._seen < 0  # less than before: an older database was restored
-                if revision != self._seen:
-                    since = -1 if whole else self._seen
-                    organization = connection.execute(select(organizations)).first()
-                    found, rows = read_records(connection, since), read_keys(connection, since)
-            self._reached = time.monotonic()
-            if revision == self._seen:
-                return
-            with self._changing, no_collector():
-                if organization is not None:
-                    self.organization.id, self.organization.name = organization.id, organization.name
-                self._memory.take_records(found, whole)
-                self._memory.take_keys(rows, whole, time.time())
-                self.version += 1
-            self._seen = revision
-        for tell in self.on_change:
-            tell()
+            self._asked = time.monotonic()
+            try:
+                changed = self._take_what_is_new()
+            except Exception:  # whatever it was, what is new has not been seen
+                self._failed = True
+                raise
+            finally:
+                self._asked = None
+            self._failed = False
+        if changed:
+            for tell in self.on_change:
+                tell()
+
+    def _take_what_is_new(self) -> bool:
+        """Whether there was anything."""
+        with self.connect() as connection:
+            revision = connection.scalar(select(counters.c.value).where(counters.c.name == "directory")) or 0
+            whole = revision < self._seen or self._seen < 0  # less than before: an older database was restored
+            if revision != self._seen:
+                since = -1 if whole else self._seen
+                organization = connection.execute(select(organizations)).first()
+                found, rows = read_records(connection, since), read_keys(connection, since)
+        self._reached = time.monotonic()
+        if revision == self._seen:
+            return False
+        with self._changing, no_collector():
+            if organization is not None:
+                self.organization.id, self.organization.name = organization.id, organization.name
+            self._memory.take_records(found, whole)
+            self._memory.take_keys(rows, whole, time.time())
+            self.version += 1
+        self._seen = revision
+        return True
 
     # Keys
 
@@ -303,7 +328,7 @@ class Directory:
 
     def _with_use(self, row: dict[str, Any]) -> dict[str, Any]:
         """With the use that has not been written yet, as far as it was here."""
-        who = self._memory.keys.get(row.pop("hash"))
+        _, who = self._memory.keys.get(row.pop("hash"), NOBODY)
         if who is not None and who.used > (row["last_used_at"] or 0):
             row["last_used_at"] = who.used
         return row
@@ -360,8 +385,9 @@ class Directory:
     # As long as the server runs
 
     def start(self) -> None:
-        """Looks for changes of others from now on, and takes out keys that expire: in threads, until stop()."""
-        for run in (self._keep_looking, self._keep_time):
+        """Looks for changes of others from now on, takes out keys that expire, and writes when keys were used: in
+        threads, until stop(). Each has its own, so that none waits for what another one does."""
+        for run in (self._keep_looking, self._keep_time, self._keep_writing):
             thread = threading.Thread(target=run, name="directory", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -369,8 +395,9 @@ class Directory:
     def stop(self) -> None:
         """Ends the threads, and writes when keys were used last. Waits for the database, if it can be used."""
         self._stopping.set()
+        deadline = time.monotonic() + STOP_SECONDS
         for thread in self._threads:
-            thread.join(STOP_SECONDS)
+            thread.join(max(0.0, deadline - time.monotonic()))
         if self._threads and not any(thread.is_alive() for thread in self._threads):
             self._write_use()
 
@@ -378,10 +405,16 @@ class Directory:
     def unreachable(self) -> float:
         """Seconds since the database was reached last, 0 if it is within reach. Known while the threads run."""
         seconds = time.monotonic() - self._reached
-        return seconds if seconds > 4 * LOOK_SECONDS else 0.0
+        return seconds if seconds > HANGS_SECONDS else 0.0
+
+    @property
+    def _blind(self) -> bool:
+        """What is new cannot be seen: the last look failed, or this one has hung for too long."""
+        asked = self._asked
+        return self._failed or (asked is not None and time.monotonic() - asked > HANGS_SECONDS)
 
     def _keep_looking(self) -> None:
-        written, told = time.monotonic(), False
+        told = False
         while not self._stopping.wait(LOOK_SECONDS):
             try:
                 self.look()
@@ -394,9 +427,11 @@ class Directory:
             if told:
                 log.warning("the database can be used again")
             told = False
-            if time.monotonic() - written >= USED_SECONDS:
-                written = time.monotonic()
-                self._write_use()
+
+    def _keep_writing(self) -> None:
+        """There may be a hundred thousand rows, and a lock that somebody else holds: no revocation waits for that."""
+        while not self._stopping.wait(USED_SECONDS):
+            self._write_use()
 
     def _keep_time(self) -> None:
         """What becomes due by itself; a database that hangs does not keep it from that."""
@@ -415,7 +450,8 @@ class Directory:
         since, now = self._used_since, int(time.time())
         everyone, used = list(self._memory.keys.values()), []
         for at in range(0, len(everyone), AT_ONCE):
-            used += [{"this": who.key_id, "at": who.used} for who in everyone[at : at + AT_ONCE] if who.used >= since]
+            some = everyone[at : at + AT_ONCE]
+            used += [{"this": who.key_id, "at": who.used} for _, who in some if who.used >= since]
             time.sleep(0)  # calls come first
         last = api_keys.c.last_used_at
         newer = or_(last.is_(None), last < bindparam("at"))

@@ -97,6 +97,10 @@ class Fold:
             if time.monotonic() - self._told >= AGAIN:
                 self._told = time.monotonic()
                 log.error("the ledger stays in the journal, the database does not take it: %s", reason(error))
+        except Exception as error:  # a defect of ours: the thread goes on, and nothing leaves the journal
+            if time.monotonic() - self._told >= AGAIN:
+                self._told = time.monotonic()
+                log.error("the ledger stays in the journal", exc_info=error)
 
     def stop(self) -> None:
         """Folds what is left and ends the thread; a database that does not answer is waited for some seconds."""

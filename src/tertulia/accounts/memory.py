@@ -36,7 +36,7 @@ class Memory:
         self.organization = Organization("")
         self.projects: dict[str, Project] = {}
         self.roles = Roles()
-        self.keys: dict[bytes, Principal] = {}  # by keyed hash
+        self.keys: dict[bytes, tuple[bytes, Principal]] = {}  # by keyed hash, which is there to be compared
         self.gone: dict[bytes, str] = {}  # hashes of keys that are "expired" or "revoked"
         self._expiring: list[tuple[int, bytes]] = []  # a heap: when, and which key
         self._limits: dict[str, tuple[str, str | None]] = {}  # of a limit's record: parent and natural name
@@ -101,7 +101,7 @@ class Memory:
     def take_keys(self, rows: Iterable[KeyRow], whole: bool, now: float) -> None:
         """Keys that are new or have changed; whole: these are all there are."""
         before = self.keys
-        known: dict[bytes, Principal] = {} if whole else before
+        known: dict[bytes, tuple[bytes, Principal]] = {} if whole else before
         gone: dict[bytes, str] = {} if whole else self.gone
         organization, projects, expiring = self.organization.id, self.projects, self._expiring
         for hash, id, kind, project, owner, scopes, expires_at, revoked_at, used in rows:
@@ -110,8 +110,10 @@ class Memory:
                 gone[hash] = "revoked" if revoked_at is not None else "expired"
                 known.pop(hash, None)
                 continue
-            who = before.get(hash)
-            if who is None:
+            there = before.get(hash)
+            if there is not None:
+                hash, who = there
+            else:
                 who = Principal(id, organization, project or "", kind)
                 if project is not None:
                     who.account = account = projects.get(project)
@@ -126,7 +128,7 @@ class Memory:
             who.expires_at = expires_at
             if expires_at is not None:
                 heapq.heappush(expiring, (expires_at, hash))
-            known[hash] = who
+            known[hash] = there or (hash, who)
         self.keys, self.gone = known, gone
 
     def _scopes_of(self, text: str) -> frozenset[str]:
@@ -140,8 +142,8 @@ class Memory:
         heap, any_gone = self._expiring, False
         while heap and heap[0][0] <= now:
             at, hash = heapq.heappop(heap)
-            who = self.keys.get(hash)
-            if who is not None and who.expires_at == at:
+            known = self.keys.get(hash)
+            if known is not None and known[1].expires_at == at:
                 self.gone[hash] = "expired"
                 del self.keys[hash]
                 any_gone = True

@@ -5,6 +5,8 @@ a price is looked for in    [prices], by our name for the model, whoever answers
                             prices.toml of this package, OpenAI's list prices on a date, by the upstream's own name
 a model of this machine     costs nothing unless one of the first two prices it
 an upstream's without any   is unknown: find() is None, and whoever asks decides what that means
+one that says not all       has the rest from the list; if the model is not there, it is a mistake: what nobody has said
+                            is not free
 """
 
 from __future__ import annotations
@@ -83,13 +85,22 @@ class Prices:
     ) -> None:
         """given: by model; upstreams: by upstream and model; US dollars per million tokens. shipped: of the package, if
         others are wanted than its own. Raises SettingsError."""
-        self._given = {model: read_price(price, f"prices.{model}") for model, price in given.items()}
-        self._far: dict[tuple[str, str], Price] = {}
+        self._shipped = list_prices() if shipped is None else shipped
+        self._given = {model: self._read(price, model, f"prices.{model}") for model, price in given.items()}
+        self._far: dict[tuple[str, str], dict[str, int]] = {}
         for name, models in (upstreams or {}).items():
             for model, price in models.items():
-                self._far[name, model] = read_price(price, f"upstreams.{name}.prices.{model}")
-        self._shipped = list_prices() if shipped is None else shipped
+                self._far[name, model] = self._read(price, model, f"upstreams.{name}.prices.{model}")
         self._found: dict[tuple[str, str], Price | None] = {}
+
+    def _read(self, price: Mapping[str, float], model: str, where: str) -> dict[str, int]:
+        """What it says. Raises SettingsError, also if it does not say enough."""
+        given = read_price(price, where)
+        if find_listed(self._shipped, model) is None:
+            for kind in ("input", "output"):
+                if kind not in given and not (kind == "output" and "embed" in model.lower()):  # which has no output
+                    raise SettingsError(f"{where}.{kind}: missing, and no list has that model; write 0 if it is free")
+        return given
 
     def find(self, target: Target) -> Price | None:
         """What its tokens cost; None if nobody has said."""
@@ -112,12 +123,7 @@ class Prices:
             given = self._far.get((name, model))
         if given is None:
             return listed if target.card.source.startswith("upstream:") else FREE
-        if listed is None:
-            return given
-        # another price, and still the same model: what it holds and answers at most is as it was
-        found = Price(given.input, given.cached, given.output)
-        found.context, found.max_output = listed.context, listed.max_output
-        return found
+        return complete(given, listed or find_listed(self._shipped, model), listed)
 
     def known(self, target: Target) -> Price | None:
         """What is listed of an upstream's model, whatever it costs here; None for a model of this machine."""
@@ -137,8 +143,9 @@ class Prices:
         return 2 * cost if tier in FASTER and price.listed else cost
 
 
-def read_price(price: Mapping[str, float], where: str) -> Price:
-    """US dollars per million tokens as they stand in the configuration. Raises SettingsError that names the value."""
+def read_price(price: Mapping[str, float], where: str) -> dict[str, int]:
+    """Pico-dollars a token by kind, as far as it says, from US dollars per million tokens as they stand in the
+    configuration. Raises SettingsError that names the value."""
     picos: dict[str, int] = {}
     for name, value in price.items():
         if name not in KINDS:
@@ -150,8 +157,21 @@ def read_price(price: Mapping[str, float], where: str) -> Price:
         if value > MOST:
             raise SettingsError(f"{where}.{name}: more than a dollar a token; prices are per million tokens")
         picos[name] = picos_of(value)
-    paid = picos.get("input", 0)
-    return Price(paid, picos.get("cached_input", paid), picos.get("output", 0))
+    return picos
+
+
+def complete(given: Mapping[str, int], rest: Price | None, same: Price | None = None) -> Price:
+    """The price, and what it does not say from rest. same: what is listed of the very model, which another price does
+    not change: what it holds and answers at most is as it was."""
+    base = FREE if rest is None else rest  # only of an embedding model, which has no output
+    paid = given.get("input", base.input)
+    cached = given.get("cached_input", paid if "input" in given else base.cached)
+    found = Price(paid, cached, given.get("output", base.output), 0 if "input" in given else base.written)
+    if "input" not in given or "output" not in given:  # what is from the list costs more when the list says so
+        found.long, found.listed = base.long, base.listed
+    if same is not None:
+        found.context, found.max_output = same.context, same.max_output
+    return found
 
 
 def picos_of(dollars: float) -> int:

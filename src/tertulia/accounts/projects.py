@@ -49,7 +49,17 @@ class Organization:
 class Project:
     """One project."""
 
-    __slots__ = ("archived_at", "id", "models", "name", "organization", "rate_limits", "spend_limit", "state", "version")
+    __slots__ = (
+        "archived_at",
+        "id",
+        "models",
+        "name",
+        "organization",
+        "rate_limits",
+        "spend_limit",
+        "state",
+        "version",
+    )
 
     def __init__(self, id: str, organization: Organization, name: str = "") -> None:
         self.id, self.organization, self.name = id, organization, name

@@ -123,7 +123,7 @@ class Records:
     ) -> tuple[list[Record], bool]:  # fmt: skip
         """(up to limit of them that follow the one with id after, whether there are more), by time of creation.
 
-        order: asc or desc. Raises BadRequest if there is and was no `after`.
+        order: asc or desc. Raises NotFound if there is and was no `after`.
         """
         query = _columns().where(records.c.kind == kind, records.c.deleted_at.is_(None))
         if parent is not None:
@@ -139,6 +139,11 @@ class Records:
                     break
                 after = read[-1].id
         return found[:limit], len(found) > limit
+
+    def known(self, id: str) -> bool:
+        """Whether something of that id is there, or was, of whatever kind."""
+        with self._connect() as connection:
+            return connection.scalar(select(records.c.id).where(records.c.id == id)) is not None
 
     def _one(self, *where: ColumnElement[bool]) -> Record | None:
         with self._connect() as connection:
@@ -164,7 +169,7 @@ def paged(
     if after is not None:
         since = connection.scalar(select(at).where(id == after))
         if since is None:
-            raise BadRequest(f"There is no object with the id {after[:64]!r}.", param="after")
+            raise no_cursor(after, "after")
         if order == "desc":
             query = query.where(or_(at < since, and_(at == since, id < after)))
         else:
@@ -176,3 +181,8 @@ def paged(
 def absent(kind: str, id: str) -> NotFound:
     """The error for what is not there, or is somebody else's: nothing tells the two apart."""
     return NotFound(f"No such {kind.replace('_', ' ')}: {id[:64]}")
+
+
+def no_cursor(id: str, parameter: str) -> NotFound:
+    """The error for a list's cursor, after or before, that is no object."""
+    return NotFound(f"There is no object with the id {id[:64]!r}.", param=parameter)

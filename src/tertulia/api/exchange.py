@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from ..accounts import scopes
 from .. import direct
+from ..accounts import scopes
 from ..accounts.directory import Directory, check_kind
 from ..core import CLIENT_LEFT, FAILED, FINISHED, NO_WISHES, NOBODY, STOPPED, Call, Principal, Reply, Task
 from ..errors import BadRequest, TertuliaError, TooLarge

@@ -149,6 +149,8 @@ def cut(keys: Sequence[str], window: Window) -> tuple[slice, bool]:
             high = bisect_left(keys, window.before)
         else:
             low = bisect_right(keys, window.before)
+    if not window.limit:  # of nothing there is no next page
+        return slice(low, low), False
     more = high - low > window.limit
     if more and forward:
         high = low + window.limit

@@ -194,7 +194,9 @@ class Attempt:
             return
         if isinstance(error, Stale):
             self.limits.first.remove(self)
-            self.call.lost(error)
+            if not self.call.lost(error):
+                self.fail(error)
+                return
             self.again = asyncio.get_running_loop().create_task(self._ask_again())
         else:
             self.fail(error)
@@ -202,11 +204,12 @@ class Attempt:
     async def _ask_again(self) -> None:
         """On a new connection, once: only one that had carried a request before can be stale."""
         try:
-            connection = await self.limits.pool.connect()
+            self._send(await self.limits.pool.connect())
         except TertuliaError as error:
-            self.fail(error)
-            return
-        self._send(connection)
+            if self.over:  # it could not be accounted for
+                self.reply.fail(error)
+            else:
+                self.fail(error)
 
 
 class Whole(Attempt):
@@ -224,7 +227,7 @@ class Whole(Attempt):
         """What it would have said nobody knows, or whether it has. Where that costs money, it is what was reserved for
         it: at most."""
         call = self.call
-        if call.open and (self.status == 200 or (cut and self.status == 0)):
+        if call.open and ((cut and self.status in (0, 200)) or (self.status == 200 and call.hold)):
             output = call.output_tokens if call.hold else 0
             self.reply.usage = Usage(call.prompt_tokens, output, estimated=True)
 

@@ -27,13 +27,15 @@ from ..accounts.projects import Organization, Project, RateLimit, SpendLimit
 from ..core import BYTES_PER_TOKEN, Call, Next, Principal, Target, Usage
 from ..errors import Forbidden, TertuliaError
 from .metrics import COUNTER, GAUGE, family
-from .tokens import TEMPLATE_TOKENS, Counter, bound, finer, targets_of
+from .tokens import TEMPLATE_TOKENS, Counter, bound, finer, table_of, targets_of
 
 DEFAULT_OUTPUT: Final = 4096  # tokens reserved for an answer whose longest nobody knows, where that costs nothing
+UNKNOWN_OUTPUT: Final = 131_072  # what a minute's tokens must have room for, or such an answer is given a maximum
 LEGACY_OUTPUT: Final = 16  # what a completion has if its caller gives no maximum
 NANO: Final = 10**9
 WAYS: Final = 1024  # names of one project that are remembered; callers choose them
 LOOK_SECONDS: Final = 1.0  # how often it is asked whether the month is over
+TURN_TOKENS: Final = 16  # what a template says around one more message
 
 
 class Rules(NamedTuple):
@@ -78,6 +80,15 @@ class Way:
         self.refusal: Callable[[], TertuliaError] | None = None
 
 
+class Held:
+    """What a call has reserved that goes on though its caller left."""
+
+    __slots__ = ("account", "cost", "slot", "tokens")
+
+    def __init__(self, account: Account, slot: Slot | None, tokens: int, cost: int) -> None:
+        self.account, self.slot, self.tokens, self.cost = account, slot, tokens, cost
+
+
 class Admit:
     """The stage. What is counted is kept for the life of the server."""
 
@@ -92,7 +103,8 @@ class Admit:
         self._time = asyncio.get_running_loop().time
         self._look_at = self._time() + LOOK_SECONDS
         self._seen = 0
-        self._lingering: dict[Call, tuple[Account, int]] = {}  # calls that go on though nobody waits for them
+        self._lingering: dict[Call, Held] = {}  # calls that go on though nobody waits for them
+        self._going: Call | None = None  # the one of them whose caller is just being settled
         self._refused: dict[tuple[str, str], int] = {}  # by limit and project
         self._observed: dict[tuple[str, str], int] = {}
         self._unpriced: dict[str, int] = {}  # by model
@@ -184,6 +196,8 @@ class Admit:
                     used = usage.prompt_tokens + usage.completion_tokens
                     if way.first is not FREE or call.target is not way.target:
                         call.cost += self._charge(call, account, usage)
+            elif self._going is not None:
+                self._keep(account, slot, tokens, cost)
             if slot is not None:
                 slot.allowance.settle(slot, tokens, used)
 
@@ -211,8 +225,12 @@ class Admit:
         if given is not None:
             output = reserved = (longest if longest and given > longest else given) * times
         else:
-            output = (longest or DEFAULT_OUTPUT) * times
-            reserved = self._unsaid(way, prompt, output)
+            output, most = (longest or DEFAULT_OUTPUT) * times, (longest or UNKNOWN_OUTPUT) * times
+            reserved = self._unsaid(way, prompt, most)
+            if reserved < most and self._limits_tokens(way):  # or it could say more than is left
+                maximum = max(1, reserved // times)
+                self._cap(call, maximum)
+                output = reserved = maximum * times
         if task == "chat" and asked.prediction is not None:  # what it predicts and is not said is paid as an answer
             output += prompt
             reserved += prompt
@@ -227,6 +245,20 @@ class Admit:
         reserved = min(output, output if wanted is None else wanted, max(1, limit // 4))
         return reserved if reserved <= left else min(reserved, max(left, limit // 20, 1))
 
+    def _limits_tokens(self, way: Way) -> bool:
+        """Whether a limit of tokens is in force."""
+        allowance = way.allowance
+        return allowance.tokens_limit < NO_LIMIT and not allowance.observe_only and not self._rules.observe_only
+
+    def _cap(self, call: Call, maximum: int) -> None:
+        """Gives an answer a maximum: it is sent along, and the caller is told. In the words that OpenAI's models
+        want, some of which do not know the older ones, if one of them may answer."""
+        openai = any(table_of(one.model) is not None for one in targets_of(call, call.plan))
+        name = "max_completion_tokens" if openai else "max_tokens"
+        call.body = call.body.rstrip()[:-1] + b',"%b":%d}' % (name.encode(), maximum)
+        setattr(call.asked, name, maximum)
+        call.reply.header("x-tertulia-max-tokens", str(maximum))
+
     def _impose(self, call: Call, way: Way, prompt: int, times: int) -> int | None:
         """A maximum for an answer that has none, of a model whose longest nobody knows: without one, nobody could say
         that it stays within a spend limit. It is sent along, and the caller is told. None if no such limit is in
@@ -240,9 +272,7 @@ class Admit:
             return None
         left = (min(limits) - self._most(call, way, prompt, 0)) * PICO // way.price.output
         maximum = max(LEGACY_OUTPUT, min(DEFAULT_OUTPUT, left // 4 // times))  # others want to be answered, too
-        call.body = call.body.rstrip()[:-1] + b',"max_tokens":%d}' % maximum
-        call.asked.max_tokens = maximum
-        call.reply.header("x-tertulia-max-tokens", str(maximum))
+        self._cap(call, maximum)
         return maximum
 
     def _most(self, call: Call, way: Way, prompt: int, output: int) -> int:
@@ -393,21 +423,85 @@ class Admit:
             for budget in (account.budget, account.whole)
         )
 
+    def may_continue(self, call: Call, more: int) -> bool:
+        """Whether a call that is about to go on where its answer broke off still fits: its prompt is longer by the
+        text so far, of so many bytes, and its answer shorter by its tokens. If so, what that may come to beyond what
+        the call has reserved is reserved too, until the attempt is over."""
+        account, asked = self._enter(call.principal), call.asked
+        way = account.ways.get(call.model)
+        if way is None or way.target is not call.plan.first:  # type: ignore[union-attr]  # it has come this far
+            way = self._way(account, call)
+        base = call.prompt_tokens, call.output_tokens, call.hold
+        more += TURN_TOKENS
+        given: int | None = asked.max_tokens
+        if call.task.name == "chat":
+            given = asked.max_completion_tokens if given is None else given
+            given = None if asked.prediction is not None else given  # what it predicts is in our figure
+        output = base[1] if given is None or given > base[1] else given
+        tokens = max(0, more + output - base[1])
+        cost = 0
+        if base[2]:
+            before = self._most(call, way, call.prompt_tokens, base[1])
+            cost = max(0, self._most(call, way, call.prompt_tokens + more, output) - before)
+        slot: Slot | None = call.held
+        if not self._has_room(account, slot, tokens, cost):
+            return False
+        self._add(account, slot, tokens, cost)
+        call.prompt_tokens, call.output_tokens, call.hold = base[0] + more // BYTES_PER_TOKEN, output, base[2] + cost
+
+        def settle(outcome: str) -> None:
+            self._add(account, slot, -tokens, -cost)
+            call.prompt_tokens, call.output_tokens, call.hold = base
+
+        call.reply.on_close(settle)
+        return True
+
+    def _has_room(self, account: Account, slot: Slot | None, tokens: int, cost: int) -> bool:
+        """Whether a call that has been admitted may have so much more."""
+        if self._rules.observe_only:
+            return True
+        if slot is not None and slot.live:
+            allowance = slot.allowance
+            if not allowance.observe_only and allowance.tokens + tokens > allowance.tokens_limit:
+                return False
+        return not cost or all(
+            budget.observe_only or budget.spent + budget.reserved + cost <= budget.limit
+            for budget in (account.budget, account.whole)
+        )
+
+    def _add(self, account: Account, slot: Slot | None, tokens: int, cost: int) -> None:
+        """So much more is reserved; less if negative."""
+        account.budget.reserved += cost
+        account.whole.reserved += cost
+        if slot is not None:
+            slot.allowance.reserved += tokens
+            slot.allowance.correct(slot, tokens)
+
     def linger(self, call: Call) -> None:
-        """Nobody waits for the answer any more, and it goes on all the same: its money stays reserved."""
-        if call.hold and call not in self._lingering:
-            account = self._enter(call.principal)
-            self._lingering[call] = (account, call.hold)
-            account.budget.reserved += call.hold
-            account.whole.reserved += call.hold
+        """Nobody waits for the answer any more, and it goes on all the same: whatever its caller, who is settled
+        next, had reserved stays so."""
+        self._going = call
+
+    def _keep(self, account: Account, slot: Slot | None, tokens: int, cost: int) -> None:
+        """The caller of what goes on is being settled: what it gives back is held by the call that goes on."""
+        call, self._going = self._going, None
+        if call is None:
+            return
+        self._lingering[call] = Held(account, slot, tokens, cost)
+        self._add(account, slot, tokens, cost)
+        if slot is not None:
+            slot.allowance.in_flight += 1
+            call.held = slot  # there, what it uses counts
 
     def resume(self, call: Call) -> None:
         """Somebody has come back for it, or it is over."""
-        found = self._lingering.pop(call, None)
-        if found is not None:
-            account, cost = found
-            account.budget.reserved -= cost
-            account.whole.reserved -= cost
+        if self._going is call:
+            self._going = None
+        held = self._lingering.pop(call, None)
+        if held is not None:
+            self._add(held.account, held.slot, -held.tokens, -held.cost)
+            if held.slot is not None:
+                held.slot.allowance.in_flight -= 1
 
     def unclaimed(self, call: Call) -> None:
         """A shared call has ended that nobody waits for any more: its project pays what was used."""
@@ -529,9 +623,8 @@ class Admit:
     def reached(self, about: Organization | Project, limit: SpendLimit) -> bool:
         """Whether such a limit refuses its calls now."""
         budget = self.budgets.all.get(about.id)
-        if budget is None or limit.observe_only or self._rules.observe_only:
-            return False
-        return budget.spent >= limit.amount
+        spent = 0 if budget is None else budget.spent
+        return spent >= limit.amount and not limit.observe_only and not self._rules.observe_only
 
     def metrics(self) -> list[str]:
         """What was refused, and where the money stands."""

@@ -4,17 +4,19 @@ became of it. Nothing of a prompt or an answer is written.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable
 
 from ..accounts.entry import Entry, line_of
 from ..accounts.ledger import Ledger
 from ..core import FAILED, Call, Next, Usage
-from ..errors import TertuliaError
+from ..errors import TertuliaError, Unavailable
 from .accesslog import AccessLog
 from .metrics import COUNTER, GAUGE, PAUSES, Histogram, family, histogram
 from .traces import Traces
 
+log = logging.getLogger("tertulia.gateway")
 NOTHING = Usage()
 
 
@@ -23,6 +25,10 @@ def _nothing(call: Call, usage: Usage) -> int:
 
 
 def _always(call: Call) -> bool:
+    return True
+
+
+def _any(call: Call, more: int) -> bool:
     return True
 
 
@@ -63,6 +69,7 @@ class Meter:
         self._pace = self.pauses.observe
         self.charge: Callable[[Call, Usage], int] = _nothing  # nano-dollars of a lost attempt; admit's
         self.may_follow: Callable[[Call], bool] = _always  # whether the limits allow for another one; admit's too
+        self.may_continue: Callable[[Call, int], bool] = _any  # and for one that goes on after so many bytes
         self._lost: dict[str, Series] = {}  # by model: what attempts used that others followed
         self.sources: list[Callable[[], list[str]]] = []
 
@@ -79,10 +86,19 @@ class Meter:
         """Before the bytes of an attempt leave, the journal says so: an attempt is in the ledger even if we are killed
         before it ends."""
         who, target = call.principal, call.target
-        self._ledger.intend(
-            call.opener, call.sent + 1, who.key_id, who.project, call.task.name, call.model,
-            target.model, target.engine.name, call.prompt_tokens, call.hold, call.output_tokens,  # type: ignore[union-attr]
-        )  # fmt: skip
+        try:
+            self._ledger.intend(
+                call.opener, call.sent + 1, who.key_id, who.project, call.task.name, call.model,
+                target.model, target.engine.name, call.prompt_tokens, call.hold, call.output_tokens,  # type: ignore[union-attr]
+            )  # fmt: skip
+        except OSError as error:
+            log.error("%s is refused: the ledger's journal cannot be written (%s)", call.id, error.strerror)
+            call.reply.recover = None  # another target cannot be accounted for either
+            raise Unavailable(
+                "This server cannot keep account of calls at the moment. Please try again later.",
+                retry_after=5,
+                code="ledger_unavailable",
+            ) from None
         call.sent += 1
         call.open = True
 
@@ -100,16 +116,23 @@ class Meter:
             call.paid += cost
             call.used += usage.prompt_tokens + usage.completion_tokens
             self._lost.setdefault(target.model, Series()).count(usage, 0.0)
-        self._ledger.append(
-            Entry(
-                call.opener, call.sent, time.time(), who.key_id, who.project, call.task.name, call.model, target.model,
-                error.status, FAILED, (_now() - call.began) // 10_000 / 100, call.stream, usage.prompt_tokens,
-                usage.completion_tokens, usage.cached_tokens, usage.reasoning_tokens, cost, call.cache,
-                call.wishes.retry_count, error.code, usage.estimated, call.client, target.engine.name, call.fallback,
-                call.observed, call.unpriced,
-            )
+        entry = Entry(
+            call.opener, call.sent, time.time(), who.key_id, who.project, call.task.name, call.model, target.model,
+            error.status, FAILED, (_now() - call.began) // 10_000 / 100, call.stream, usage.prompt_tokens,
+            usage.completion_tokens, usage.cached_tokens, usage.reasoning_tokens, cost, call.cache,
+            call.wishes.retry_count, error.code, usage.estimated, call.client, target.engine.name, call.fallback,
+            call.observed, call.unpriced,
         )  # fmt: skip
+        try:
+            self._ledger.append(entry)
+        except OSError as problem:  # its intent stands, and becomes an entry at the next start
+            log.error("%s: an attempt has no entry yet: %s", call.id, problem.strerror)
+            return False
         return self.may_follow(call)
+
+    def continues(self, call: Call, more: int) -> bool:
+        """A broken answer is gone on with: whether the limits allow for its longer prompt."""
+        return self.may_continue(call, more)
 
     def _record(self, call: Call, outcome: str) -> None:
         self.in_flight -= 1

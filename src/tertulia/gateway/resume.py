@@ -121,6 +121,11 @@ class Resume:
         self._going, self._told = True, None
         return True
 
+    @property
+    def size(self) -> int:
+        """Bytes of the text so far."""
+        return len(self.text.encode("utf-8", "replace"))
+
     def _begun_with(self, body: dict[str, Any], task: str, target: Target) -> bool:
         """Puts the text so far into a body."""
         if task == "completion":

@@ -419,7 +419,7 @@ class Trip:
         reply, now = call.reply, route.time()
         if reply.started:
             assert self.resume is not None
-            if not self.resume.prepare(call, target):
+            if not self.resume.prepare(call, target) or not call.may_continue(self.resume.size):
                 self.give_up()
                 return None
             route.continued += 1

@@ -300,6 +300,10 @@ class Import:
                     it.price[ours] = round(float(cost) * 1e6, 9)  # YAML reads 1e-6 as text
                 except ValueError:
                     self.note(f"{it.where}: {theirs}: {cost!r} is no price")
+        for ours in ("input", "output"):
+            if it.price and ours not in it.price:  # LiteLLM takes it for free; here that must be written
+                it.price[ours] = 0.0
+                self.note(f"{it.where}: no cost of {ours} is given; 0 is written")
         length = info.pop("max_input_tokens", None)
         it.context = length if isinstance(length, int) and length > 0 else None
 

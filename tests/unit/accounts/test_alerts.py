@@ -20,7 +20,7 @@ import pytest
 from openai import OpenAI
 from sqlalchemy import select
 
-from tertulia.accounts.alerts import Alerts, Mail, News, Undelivered, Webhook, alert_of
+from tertulia.accounts.alerts import Alert, Alerts, Mail, News, Undelivered, Webhook, alert_of
 from tertulia.accounts.budgets import Budgets
 from tertulia.accounts.records import Record
 from tertulia.errors import SettingsError, Unavailable
@@ -53,6 +53,9 @@ class Channel:
     def __init__(self, failures: int = 0) -> None:
         self.told: list[News] = []
         self.failures = failures
+
+    def reaches(self, alert: Alert) -> bool:
+        return bool(alert.recipients)
 
     def tell(self, news: News) -> None:
         if self.failures:
@@ -121,7 +124,9 @@ def test_each_alert_is_told_once_when_its_threshold_is_reached(database: Databas
     assert [(news.alert.id, news.period, news.spent) for news in channel.told] == [
         ("alert_1", "2026-11", 100 * CENT), ("alert_3", "2026-11", 160 * CENT), ("alert_2", "2026-11", 660 * CENT),
     ]  # fmt: skip
-    assert sorted(rows(database)) == [(f"alert_{n}", "2026-11", int(NOVEMBER)) for n in (1, 2, 3)]
+    assert sorted(rows(database)) == [
+        (f"alert_{told}", "2026-11", int(NOVEMBER)) for told in ("1:100", "2:200", "3:150")
+    ]  # fmt: skip
 
 
 def test_not_again_after_a_restart_and_again_next_month(database: Database) -> None:
@@ -157,7 +162,9 @@ def test_of_many_processes_one_tells(database: Database) -> None:
 def test_a_process_that_died_with_its_claim_is_replaced(database: Database) -> None:
     channel = Channel()
     with database.begin() as connection:
-        connection.execute(alerts_sent.insert().values(alert_id="alert_1", period="2026-11", at=-int(NOVEMBER) + 30))
+        connection.execute(
+            alerts_sent.insert().values(alert_id="alert_1:100", period="2026-11", at=-int(NOVEMBER) + 30)
+        )
     with Watch(database, [record()], channel) as it:
         it.pay(100)
         time.sleep(0.3)
@@ -175,6 +182,60 @@ def test_an_alert_that_is_new_or_lowered_counts_at_once(database: Database) -> N
         it.records = [record(cents=90)]
         it.alerts.changed()
         until(lambda: channel.told)
+
+
+def test_a_threshold_that_is_raised_is_crossed_again_and_the_same_never_twice(database: Database) -> None:
+    channel = Channel()
+    with Watch(database, [record(cents=100)], channel) as it:
+        it.pay(100)
+        until(lambda: len(channel.told) == 1)
+        it.records = [record(cents=200)]
+        it.alerts.changed()
+        until(lambda: it.budget.alert_at == 200 * CENT)
+        assert len(channel.told) == 1
+        it.pay(100)
+        until(lambda: len(channel.told) == 2)
+        for cents in (100, 200):
+            it.records = [record(cents=cents)]
+            it.alerts.changed()
+            time.sleep(0.15)
+    assert [told.alert.threshold for told in channel.told] == [100 * CENT, 200 * CENT]
+    assert channel.told[0].id != channel.told[1].id
+    assert sorted(row[0] for row in rows(database)) == ["alert_1:100", "alert_1:200"]
+
+
+def test_what_is_noted_of_an_alert_fits_its_column() -> None:
+    one, other = (News(alert_of(record("alert_" + 57 * "x", cents)), "org-1", "2026-11", 0, 0) for cents in (100, 200))
+    assert len(one.key[0]) == len(other.key[0]) == 64 and one.key != other.key
+
+
+def test_what_nobody_can_be_told_is_said_once_and_told_when_somebody_can(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Watch(database, [record()]) as it:
+        it.pay(100)
+        until(lambda: it.alerts.failed)
+        time.sleep(0.35)  # it has looked again
+        assert (it.alerts.sent, it.alerts.failed) == (0, 1)
+    assert caplog.text.count("nobody can be told") == 1
+    assert rows(database) == []
+    channel = Channel()
+    with Watch(database, [record(recipients=[])], channel) as it:
+        it.pay(100)
+        until(lambda: it.alerts.failed)
+        assert channel.told == [] and rows(database) == []
+        it.records = [record()]
+        it.alerts.changed()
+        until(lambda: it.alerts.sent == 1)
+    assert len(channel.told) == 1
+
+
+def test_mail_reaches_only_whom_it_can_be_sent_to() -> None:
+    mail = Mail("smtp://127.0.0.1:1", lambda: None, None)
+    assert mail.reaches(alert_of(record(recipients=["not an address", "ann@example.com"])))
+    assert not mail.reaches(alert_of(record(recipients=["not an address"])))
+    with pytest.raises(Undelivered, match="no recipient"):
+        mail.tell(news(recipients=["not an address"]))
 
 
 def test_who_cannot_be_reached_is_tried_again_and_the_others_are_not_told_twice(database: Database) -> None:

@@ -14,7 +14,7 @@ from tertulia.accounts.audit import Actor, caller, local, printable
 from tertulia.accounts.directory import Directory
 from tertulia.accounts.records import Record
 from tertulia.core import Principal
-from tertulia.errors import BadRequest
+from tertulia.errors import NotFound
 from tertulia.store.database import open_database
 from tertulia.store.schema import audit_logs
 
@@ -79,7 +79,7 @@ def test_pages_forward_and_back(directory: Directory) -> None:
     assert ids(directory.audit_log.page(10, before=everything[1])) == everything[:1]
     assert ids(directory.audit_log.page(10, after=everything[2], before=everything[5])) == everything[3:5]
     for name in ("after", "before"):
-        with pytest.raises(BadRequest) as error:
+        with pytest.raises(NotFound) as error:
             directory.audit_log.page(2, **{name: "audit_log-none"})
         assert error.value.param == name
 

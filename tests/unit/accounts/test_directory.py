@@ -328,9 +328,10 @@ def test_keys_page_by_page(started: Directory) -> None:
         assert found == expected
     assert [row["kind"] for row in started.key_page("admin", None, None, 10)[0]] == ["admin"]
     assert all("hash" not in row and "revision" not in row for row in started.key_page(None, None, None, 10)[0])
-    with pytest.raises(BadRequest) as error:
-        started.key_page("project", project, "key_nobody", 3)
-    assert error.value.param == "after"
+    for page in (started.key_page, started.records.page):
+        with pytest.raises(NotFound) as error:
+            page("project", project, "key_nobody", 3)
+        assert error.value.param == "after"
     for wrong in ({"kind": "admin"}, {"project_id": "proj_other"}):
         with pytest.raises(NotFound):
             started.key(made[0], **wrong)
@@ -565,6 +566,71 @@ def test_without_the_database_who_is_known_comes_in_until_the_grace_ends(
     assert gone.authenticate(KEY.encode()).kind == "project"
 
 
+def test_an_unknown_key_is_no_stranger_while_what_is_new_cannot_be_seen(
+    started: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been made elsewhere; a key that is known to be gone, and one that is known, are as before."""
+    far = other(started, tmp_path)
+    revoked, expired = new_key(started), new_key(started, expires_at=int(time.time()) + 100)
+    with started.change(ME) as change:
+        started.revoke_key(change, revoked[0])
+    far.look()
+    far._memory.expire(time.time() + 101)
+    _, late = new_key(started)
+    far._reached -= 1000  # nobody has looked for long, which says nothing of the database
+    refused(far, late)
+    connect = far.connect
+
+    def fail() -> Any:
+        raise Unavailable()
+
+    monkeypatch.setattr(far, "connect", fail)
+    with pytest.raises(Unavailable):
+        far.look()
+    unsure(far, late)
+    assert "revoked" in refused(far, revoked[1]).message and "expired" in refused(far, expired[1]).message
+    assert far.authenticate(KEY.encode()).kind == "project"
+    monkeypatch.setattr(far, "connect", connect)
+    far.look()
+    assert far.authenticate(late.encode()).kind == "project"
+    assert "Incorrect" in refused(far, late + "?").message
+
+
+def test_a_look_that_hangs_is_one_that_failed(
+    started: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far, hanging, released = other(started, tmp_path), threading.Event(), threading.Event()
+    connect = far.connect
+
+    def hang() -> Any:
+        hanging.set()
+        assert released.wait(10)
+        return connect()
+
+    monkeypatch.setattr(far, "connect", hang)
+    monkeypatch.setattr("tertulia.accounts.directory.HANGS_SECONDS", 0.3)
+    _, late = new_key(started)
+    looking = threading.Thread(target=far.look)
+    looking.start()
+    try:
+        assert hanging.wait(5) and far._asked is not None
+        far._asked = time.monotonic()
+        refused(far, late)  # it has only just begun
+        far._asked -= 0.4
+        unsure(far, late)
+    finally:
+        released.set()
+        looking.join()
+    assert far.authenticate(late.encode()).kind == "project"
+    refused(far, late + "?")
+
+
+def unsure(directory: Directory, key: str) -> None:
+    with pytest.raises(Unavailable) as error:
+        directory.authenticate(key.encode())
+    assert (error.value.status, error.value.code) == (503, "database_unavailable")
+
+
 def test_administration_of_a_broken_database_is_503(started: Directory) -> None:
     version = started.version
     with started._database.begin() as connection:
@@ -625,6 +691,38 @@ def test_the_threads_look_expire_and_end(started: Directory, tmp_path: Path) -> 
     assert all(not thread.is_alive() for thread in far._threads)
     row = other(started, tmp_path).key(started.authenticate(KEY.encode()).key_id)
     assert row["last_used_at"] == used  # written at stop
+
+
+def test_no_revocation_waits_for_what_is_written_behind(
+    started: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far, writing, released = other(started, tmp_path), threading.Event(), threading.Event()
+
+    def write() -> None:
+        writing.set()
+        released.wait(10)
+
+    monkeypatch.setattr("tertulia.accounts.directory.USED_SECONDS", 0.01)
+    monkeypatch.setattr(far, "_write_use", write)
+    id, secret = new_key(started)
+    far.start()
+    try:
+        assert writing.wait(5)
+        within(1.0, lambda: far.authenticate(secret.encode()))
+        with started.change(ME) as change:
+            started.revoke_key(change, id)
+        assert within(1.0, lambda: secret_is_refused(far, secret)) < 1.0
+    finally:
+        released.set()
+        far.stop()
+
+
+def secret_is_refused(directory: Directory, secret: str) -> bool | None:
+    try:
+        directory.authenticate(secret.encode())
+    except Unauthorized:
+        return True
+    return None
 
 
 def test_the_threads_outlive_a_look_that_fails(

@@ -97,6 +97,20 @@ def test_an_intent_without_one_becomes_one_that_costs_what_was_reserved(ledger: 
     assert Ledger(tmp_path).interrupted == 0 and len(Ledger(tmp_path).entries()) == 3
 
 
+def test_a_power_loss_is_told_with_what_it_may_have_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Ledger(tmp_path, flush_seconds=2.5)  # and the machine stops
+    (tmp_path / "boot").write_text("another\n")
+    monkeypatch.setattr(journal, "BOOT", tmp_path / "boot")
+    Ledger(tmp_path).close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "the machine stopped under the ledger: entries of its last 2.5 s (flush_seconds) may be missing"
+    ]
+    Ledger(tmp_path).close()
+    assert len(caplog.records) == 1
+
+
 def test_recovery_that_is_killed_is_gone_on_with(tmp_path: Path) -> None:
     """A killed recovery has written some of its lines and perhaps a part of one more."""
     ledger = Ledger(tmp_path)

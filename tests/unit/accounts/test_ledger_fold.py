@@ -137,6 +137,23 @@ def test_a_fold_that_fails_halfway_leaves_nothing_behind(
     check(store, given)
 
 
+def test_the_database_never_knows_what_is_not_on_disk_in_the_journal(
+    it: Ledger, store: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(it, some(10))
+    with monkeypatch.context() as patch:
+
+        def broken(self: journal.Journal) -> None:
+            raise OSError(5, "Input/output error")
+
+        patch.setattr(journal.Journal, "flush", broken)
+        with pytest.raises(OSError):
+            fold(it)
+    check(store, [])
+    fold(it)
+    check(store, some(10))
+
+
 def test_damaged_lines_are_told_and_left_out(it: Ledger, store: Database, caplog: pytest.LogCaptureFixture) -> None:
     given = some(2)
     put(it, given[:1])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from tertulia.accounts.prices import FREE, Price, Prices, dearest, find_listed, list_date, list_prices
+from tertulia.accounts.prices import FREE, Price, Prices, dearest, find_listed, list_date, list_prices, picos_of
 from tertulia.core import ModelCard, Target, Usage
 from tertulia.errors import SettingsError
 
@@ -29,7 +30,9 @@ def target(model: str, engine: Any = None, source: str = "upstream:far") -> Targ
 
 
 def test_configured_prices_have_the_last_word_then_the_upstream_s_then_the_list() -> None:
-    it = Prices({"a": {"input": 1, "output": 2}}, {"far": {"a": {"input": 9}, "b": {"input": 3, "output": 4}}})
+    it = Prices(
+        {"a": {"input": 1, "output": 2}}, {"far": {"a": {"input": 9, "output": 9}, "b": {"input": 3, "output": 4}}}
+    )
     usage = Usage(1000, 1000)
     assert it.of(target("a"), usage) == 3_000_000
     assert it.of(target("b"), usage) == 7_000_000
@@ -38,7 +41,7 @@ def test_configured_prices_have_the_last_word_then_the_upstream_s_then_the_list(
 
 
 def test_an_unknown_price_is_known_to_be_unknown_and_a_model_of_this_machine_is_free() -> None:
-    it = Prices({"priced": {"output": 5}})
+    it = Prices({"priced": {"input": 0, "output": 5}})
     assert it.find(target("llama-99")) is None
     assert it.find(target("gpt-4o", source="file:/m.gguf")) is FREE
     near = it.find(target("priced", source="file:/m.gguf"))
@@ -84,7 +87,60 @@ def test_fractions_of_nano_dollars_are_rounded_up_once() -> None:
     it = Prices({"m": {"input": 0.0375, "output": 0}})
     assert it.of(target("m"), Usage(1, 0)) == 38
     assert it.of(target("m"), Usage(1_000_000, 0)) == 37_500_000
-    assert Prices({"m": {"input": 1e-6}}).of(target("m"), Usage(1_000_000, 0)) == 1000
+    assert Prices({"m": {"input": 1e-6, "output": 0}}).of(target("m"), Usage(1_000_000, 0)) == 1000
+
+
+@pytest.mark.parametrize("kind", ["given", "far"])
+def test_what_a_price_does_not_say_is_from_the_list(kind: str) -> None:
+    def found(model: str, price: dict[str, float], ours: str = "") -> Price:
+        prices = {ours or model: price}
+        it = Prices(prices) if kind == "given" else Prices({}, {"far": prices})
+        price_found = it.find(target(ours or model, Far(**{ours: model}) if ours else None))
+        assert price_found is not None
+        return price_found
+
+    listed = list_prices()["gpt-6.2-sol"]
+    some = found("gpt-6.2-sol", {"input": 5})
+    assert (some.input, some.cached, some.output, some.written) == (5_000_000, 5_000_000, listed.output, 5_000_000)
+    some = found("gpt-6.2-sol", {"output": 1})
+    assert (some.input, some.cached, some.output, some.written) == (
+        listed.input, listed.cached, 1_000_000, listed.written,
+    )  # fmt: skip
+    for price in ({}, {"cached_input": 0.5}):
+        some = found("gpt-6.2-sol", price)
+        assert (some.input, some.output, some.long, some.listed) == (listed.input, listed.output, True, True)
+        assert some.cached == (500_000 if price else listed.cached)
+        assert (some.context, some.max_output) == (listed.context, listed.max_output)
+    said = found("gpt-6.2-sol", {"input": 5, "output": 1})
+    assert (said.output, said.long, said.listed) == (1_000_000, False, False)
+    # the model that answers counts, not the name it has here
+    assert found("gpt-4o-mini", {"input": 5}, "gpt-4o").output == list_prices()["gpt-4o-mini"].output
+
+
+@pytest.mark.parametrize(
+    ("model", "price", "missing"),
+    [
+        ("m", {}, "input"), ("m", {"cached_input": 1}, "input"), ("m", {"output": 1}, "input"),
+        ("m", {"input": 1}, "output"), ("m", {"input": 1, "cached_input": 1}, "output"),
+        ("nomic-embed-text", {}, "input"), ("nomic-embed-text", {"input": 1}, None),
+        ("BGE-Embedding", {"input": 1}, None), ("text-embedding-3-small", {"input": 1}, None),
+        ("m", {"input": 0, "output": 0}, None),
+    ],
+)  # fmt: skip
+def test_what_nobody_says_is_not_free(model: str, price: dict[str, float], missing: str | None) -> None:
+    if missing is None:
+        found = Prices({model: price}).find(target(model))
+        assert found is not None and (found.input, found.output) == (picos_of(price["input"]), 0)
+        assert Prices({}, {"far": {model: price}}).find(target(model)) is not None
+        return
+    for ours, theirs, where in (
+        ({model: price}, {}, "prices."),
+        ({}, {"far": {model: price}}, "upstreams.far.prices."),
+    ):
+        with pytest.raises(SettingsError) as error:
+            Prices(ours, theirs)
+        assert error.value.message.startswith(f"{where}{model}.{missing}: missing, ")
+        assert error.value.message.endswith("write 0 if it is free")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +163,8 @@ def test_a_wrong_price_is_a_mistake_of_the_settings(price: dict[str, float], sai
 
 def test_the_list_has_a_date_and_sensible_rows() -> None:
     assert datetime.date.fromisoformat(list_date()) >= datetime.date(2026, 11, 1)
+    page = Path(__file__).resolve().parents[3] / "docs" / "how-to" / "limits.md"
+    assert f"as of {list_date()}" in page.read_text(encoding="utf-8")
     prices = list_prices()
     assert len(prices) > 80
     for name, price in prices.items():

@@ -15,6 +15,7 @@ from tertulia.api import chat, completions, embeddings
 from tertulia.core import CLIENT_LEFT, FINISHED, Call, Leg, ModelCard, Plan, Principal, Reply, Target, Task, Usage
 from tertulia.errors import Forbidden, QuotaExceeded, RateLimited, TertuliaError
 from tertulia.gateway.admit import Admit, Rules
+from tertulia.gateway.shared import Flights
 
 from .scripted import Wire
 
@@ -397,7 +398,95 @@ def test_what_is_set_aside_for_such_an_answer_can_be_set() -> None:
     def test() -> None:
         house = House(Rules(tokens=4000, reserve_output=100))
         for _ in range(15):
-            house.ask()
+            assert json.loads(house.ask().body)["max_tokens"] == 100  # or it could say more
+
+    run(test)
+
+
+def test_an_answer_that_could_exceed_the_minute_is_given_a_maximum() -> None:
+    """However many ask without one, and however much they are told: no minute has more than the limit."""
+
+    def test() -> None:
+        for context in (None, 100_000):
+            house = House(Rules(tokens=4000), prices={})
+            house.plans["m"] = plan(target(context=context))
+            running = [house.ask() for _ in range(4)]
+            for call in running:
+                maximum = json.loads(call.body)["max_tokens"]
+                assert maximum == call.asked.max_tokens == call.output_tokens <= 1000
+                assert f"x-tertulia-max-tokens: {maximum}\r\n".encode() in call.reply.headers
+                house.end(call, Usage(len(call.body) // 4, maximum))
+            assert 3000 < running[0].principal.state.allowances["m"].tokens <= 4000
+        house = House(Rules(tokens=4000), prices={})
+        house.plans["m"] = plan(target("gpt-4o-mini", context=100_000))  # some of its kind know the newer name only
+        assert json.loads(house.ask(n=2).body)["max_completion_tokens"] <= 500
+        house.plans["m"] = plan(target(context=300))  # it cannot say more than fits
+        assert "max_tokens" not in json.loads(house.ask().body)
+        for rules in (Rules(), Rules(tokens=4000, observe_only=True)):
+            free = House(rules, prices={})
+            assert "max_tokens" not in json.loads(free.ask().body)
+
+    run(test)
+
+
+# what goes on when its caller has left, or its answer has broken off
+def test_what_goes_on_without_its_caller_keeps_its_place_and_its_tokens() -> None:
+    def test() -> None:
+        house = House(Rules(tokens=1000, concurrent=2, spend=10**9))
+        flights = Flights(lambda call: call.id.encode())
+        flights.grace = 60.0
+        flights.linger, flights.resume = house.admit.linger, house.admit.resume
+        flights.account = lambda call, outcome: house.admit.unclaimed(call)
+        shared: list[Call] = []
+
+        def following(call: Call) -> Awaitable[None] | None:
+            return flights.launch(call, shared.append, None, False, None)
+
+        for _ in range(6):
+            call = house.call(max_tokens=200)
+            try:
+                assert house.admit(call, following) is None
+            except RateLimited:
+                continue
+            call.reply.close(CLIENT_LEFT)
+        allowance = call.principal.state.allowances["m"]
+        assert len(shared) == allowance.in_flight == 2
+        assert 400 < allowance.tokens == allowance.reserved <= 1000
+        assert house.money == (0, sum(one.hold for one in shared))
+        back = house.call(max_tokens=200)
+        flight = flights.find(flights.retry_key(shared[0]))
+        assert flight is not None
+        flight.join(back)  # somebody has come back for the last one: that is paid by him
+        assert allowance.in_flight == 1
+        for one in shared:
+            one.reply.usage = Usage(10, 20)
+            one.reply.close()
+        assert (allowance.in_flight, allowance.reserved, allowance.tokens) == (0, 0, 30)
+        assert house.money == (30 * TOKEN, 0)
+
+    run(test)
+
+
+def test_what_goes_on_where_it_broke_off_needs_room_for_its_longer_prompt() -> None:
+    def test() -> None:
+        house = House(Rules(tokens=2000, spend=1500 * TOKEN), prices={"m": {"input": 1, "output": 2}})
+        call = house.ask(max_tokens=300, stream=True)
+        allowance = call.principal.state.allowances["m"]
+        money, tokens, base = house.money, allowance.tokens, (call.prompt_tokens, call.output_tokens, call.hold)
+        call.asked.max_tokens = 250  # 50 have come
+        assert house.admit.may_continue(call, 200)
+        assert house.money[1] == call.hold == money[1] + (216 - 2 * 50) * TOKEN
+        assert allowance.tokens == allowance.reserved == tokens + 216 - 50 and call.output_tokens == 250
+        call.reply.undo(call.reply._closers[-2])  # that attempt has broken off, too
+        assert (house.money, allowance.tokens) == (money, tokens)
+        assert (call.prompt_tokens, call.output_tokens, call.hold) == base
+        assert not house.admit.may_continue(call, 1000)  # of money, that is
+        house.admit.reload(Rules(tokens=1000, spend=10**9), Prices({"m": {"input": 1, "output": 2}}))
+        house.ask(max_tokens=200)
+        assert not house.admit.may_continue(call, 600)
+        assert house.admit.may_continue(call, 100)
+        house.end(call, Usage(100, 200))
+        assert house.money[0] == 500 * TOKEN and allowance.in_flight == 1
 
     run(test)
 
@@ -422,6 +511,29 @@ def test_near_a_limit_token_ids_and_known_tokenizers_are_counted_exactly() -> No
             assert rest is not None
             await rest
         assert "Used " in error.value.message
+        house.admit.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize(("said", "admitted"), [(12, True), (60, False), (None, False)])
+def test_near_a_limit_models_of_this_machine_are_counted_by_their_engine(said: int | None, admitted: bool) -> None:
+    class Near(Far):
+        async def count(self, call: Call, target: Target) -> int | None:
+            return said
+
+    async def test() -> None:
+        house = House(Rules(tokens=80))
+        house.plans["m"] = plan(Target(Near("local"), "m", ModelCard(id="m", kind="chat", source="file:/m.gguf")))
+        call = house.call(max_tokens=30, messages=[{"role": "user", "content": "hello " * 10}])
+        rest = house.run(call)
+        assert rest is not None
+        if admitted:
+            await rest
+            assert call.prompt_tokens == said and call.principal.state.allowances["m"].tokens == 42
+        else:
+            with pytest.raises(RateLimited):
+                await rest
         house.admit.close()
 
     run(test)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from tertulia.accounts.ledger import Ledger
 from tertulia.core import Call, ModelCard, Next, Principal, Reply, Target, Task, Usage
 from tertulia.engines.base import Collector
+from tertulia.errors import EngineFailed, Unavailable
 from tertulia.gateway.accesslog import AccessLog
 from tertulia.gateway.meter import Meter, Series
 from tertulia.store.journal import read
@@ -107,3 +111,41 @@ def test_the_exposition_is_prometheus_text(tmp_path: Path) -> None:
     buckets = [line for line in lines if line.startswith('tertulia_call_seconds_bucket{task="chat"')]
     assert len(buckets) == 15 and buckets[-1].endswith('le="+Inf"} 1')
     assert 'tertulia_call_seconds_count{task="chat"} 1' in lines
+
+
+def full(*arguments: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_cannot_be_accounted_for_is_not_sent(tmp_path: Path) -> None:
+    it = meter(tmp_path)
+    it._ledger.intend = full  # type: ignore[method-assign]
+    call = Call("req_1", Principal("", "", ""), Task("chat", "/", lambda call: None), b"", Reply(Collector()), 0)
+    call.target = Target(SimpleNamespace(name="u"), "m", ModelCard(id="m", kind="chat", source="upstream:u"))
+    call.reply.recover = lambda error: True  # another target would be asked, and could not be accounted for either
+    it(call, lambda call: None)
+    with pytest.raises(Unavailable) as refused:
+        call.sending()
+    assert (refused.value.status, refused.value.code) == (503, "ledger_unavailable")
+    assert call.reply.recover is None and not call.open and call.sent == 0
+
+
+def test_a_lost_attempt_whose_entry_cannot_be_written_is_the_last(tmp_path: Path) -> None:
+    it = meter(tmp_path)
+    call = Call("req_1", Principal("", "", ""), Task("chat", "/", lambda call: None), b"", Reply(Collector()), 0)
+    call.target = Target(SimpleNamespace(name="u"), "m", ModelCard(id="m", kind="chat", source="upstream:u"))
+    it(call, lambda call: None)
+    call.sending()
+    it._ledger.append = full  # type: ignore[method-assign]
+    assert call.lost(EngineFailed()) is False
+    it._ledger.close()
+    [entry] = Ledger(tmp_path).entries()  # the intent stands
+    assert entry.outcome == "interrupted"
+
+
+def test_whatever_breaks_on_the_way_to_another_target_the_client_is_told_of_the_first_error() -> None:
+    sink = Collector()
+    reply = Reply(sink)
+    reply.recover = full  # type: ignore[assignment]
+    reply.fail(EngineFailed())
+    assert reply.closed and sink.status == 502

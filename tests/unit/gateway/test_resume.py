@@ -126,6 +126,28 @@ async def test_when_nobody_can_go_on_the_break_is_the_error() -> None:
     assert wire.outcome == FAILED and wire.error["message"] == "cut"
 
 
+@runs
+async def test_without_room_for_the_longer_prompt_the_break_is_the_error() -> None:
+    asked: list[int] = []
+
+    class Strict:
+        def sending(self, call: Any) -> None: ...
+
+        def lost(self, call: Any, error: Any) -> bool:
+            return True
+
+        def continues(self, call: Any, more: int) -> bool:
+            asked.append(more)
+            return False
+
+    it = house(Far("a", first()), Near(second()), fallback=["local"], retries=0)
+    call, wire = it.call(stream=True)
+    call.watch = Strict()
+    it.send(call)
+    await asyncio.wait_for(wire.done(), 5)
+    assert wire.outcome == FAILED and wire.error["message"] == "cut" and asked == [len("Once upon ")]
+
+
 @pytest.mark.parametrize(
     "asked",
     [

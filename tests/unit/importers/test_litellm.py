@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tertulia.accounts.credentials import Credentials
 from tertulia.config import Settings, load
 from tertulia.errors import SettingsError
 from tertulia.gateway.names import Names
@@ -129,9 +130,11 @@ def accepted(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ
     for upstream in settings.upstreams.values():
         if upstream.key:
             monkeypatch.setenv(upstream.key.removeprefix("env:"), "x")
+    credentials = Credentials()
+    credentials.require({name: each.key for name, each in settings.upstreams.items() if each.key})
     check_models(settings)
     prices_of(settings)
-    engines = [*mocks(settings), *(far.engine for far in far_engines(settings, {}).values())]
+    engines = [*mocks(settings), *(far.engine for far in far_engines(settings, {}, credentials).values())]
     names = Names(
         engines, settings.presets, settings.aliases, {}, settings.strict_models, routes=settings.routes,
         fallback=settings.fallback,

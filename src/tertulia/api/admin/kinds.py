@@ -23,7 +23,8 @@ from ...gateway.names import Names
 from ..decode import decode
 from ..pages import Paging, Query
 
-PLAIN = r"^[^\x00-\x1f\x7f]*$"
+# what a terminal shows as it is: no controls, and nothing that turns or hides the text around it
+PLAIN = r"^[^\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff]*$"
 Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=PLAIN)]
 Text = Annotated[str, Meta(max_length=2048, pattern=r"^[^\x00]*$")]
 Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=PLAIN)]

@@ -61,13 +61,13 @@ def update_user(ask: Ask) -> dict[str, Any]:
             name = role.body["name"]
         else:
             assign(ask, record.id, "user", role)
+    if given or name is not None:  # nobody touches who has more than himself, or takes from others what he has not
+        ask.may_give(ORGANIZATION_ROLES.get(record.body["role"], NONE))
     if "email" in given:
         given["email"] = given["email"].lower()
     if name is not None:
         given["role"] = organization_role(ask, name)
         keep_an_owner(ask, record, given["role"])
-        what_goes = ORGANIZATION_ROLES.get(record.body["role"], NONE)
-        ask.may_give(what_goes)  # nor takes from others what he has not
     return shapes.user(ask, verbs.changed(ask, record, given))
 
 

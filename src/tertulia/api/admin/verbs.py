@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from ...accounts.records import Record
+from ...accounts.records import Record, no_cursor
 from ...errors import NotFound
 from ..pages import cut
 from .kinds import Act, Ask
@@ -99,10 +99,15 @@ def paged(ask: Ask, items: Sequence[Record], key: Callable[[Record], str]) -> di
 
 
 def pages(ask: Ask, items: Sequence[T], key: Callable[[T], str], show: Callable[[T], dict[str, Any]]) -> dict[str, Any]:
-    """The same for anything."""
+    """The same for anything. Raises NotFound for a cursor that is no item and never was a record; what is gone still
+    marks its place."""
     window = ask.kind.paging.window(ask.query)
     ordered = sorted(items, key=key)
-    part, more = cut([key(item) for item in ordered], window)
+    ids = [key(item) for item in ordered]
+    for name, cursor in (("after", window.after), ("before", window.before)):
+        if cursor is not None and cursor not in ids and not ask.records.known(cursor):
+            raise no_cursor(cursor, name)
+    part, more = cut(ids, window)
     chosen = ordered[part] if window.order == "asc" else ordered[part][::-1]
     return ask.kind.paging.page([show(item) for item in chosen], more, [key(item) for item in chosen])
 
