@@ -1,5 +1,5 @@
 # Everything runs from .venv, made here from locked dependencies; nothing is installed outside the checkout.
-PYTHON ?= python3
+PYTHON ?= $(shell tools/which-python)
 VENV := .venv
 BIN := $(VENV)/bin
 
