@@ -14,7 +14,7 @@ MODULES = (
     "api/exchange", "api/rules",
     "engines/attempts", "engines/connection", "engines/sse", "engines/timeouts", "engines/upstream",
     "gateway/accesslog", "gateway/admit", "gateway/cache", "gateway/meter", "gateway/metrics", "gateway/names",
-    "gateway/pipeline", "gateway/route", "gateway/targets", "store/journal",
+    "gateway/pipeline", "gateway/route", "gateway/targets", "store/journal", "store/slots",
 )  # fmt: skip
 
 

@@ -162,8 +162,10 @@ def fold(data: Path, count: int) -> None:
                 "chat", "model-1", "model-1", 200, "finished", 12.34, True, 25, 10, cost=12345, cache="miss",
                 client="127.0.0.1", target="far",
             )  # fmt: skip
-            ledger.intend(entry.id, 1, entry.key, entry.project, "chat", "model-1", "model-1", "far", 25, 12345)
-            ledger.append(entry)
+            intent = ledger.intend(
+                entry.id, 1, entry.key, entry.project, "chat", "model-1", "model-1", "far", 25, 12345
+            )
+            ledger.append(entry, intent)
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 20, 50)

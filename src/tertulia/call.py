@@ -334,10 +334,10 @@ class Call:
     cache says what the cache did: "", hit, miss or joined; cost is what it came to, in nano-dollars, once admit has
     settled it. prompt_tokens (as far as they are known), output_tokens (at most) and hold (nano-dollars, at most) are
     admit's for one attempt. sent counts the attempts whose bytes have left, open says that the last of them is not in
-    the ledger yet, under the id opener; paid (nano-dollars) and used (tokens) are what the lost ones came to. held is
-    admit's, opaque to everyone else; observed names the limits that only observe and would have refused the call;
-    unpriced: nobody knows its price. refusal is what the edge already found wrong (a bad key, a broken body): it
-    travels so that the meter, which is outermost, records it.
+    the ledger yet, under the id opener, and intent where the ledger has it meanwhile; paid (nano-dollars) and used
+    (tokens) are what the lost ones came to. held is admit's, opaque to everyone else; observed names the limits that
+    only observe and would have refused the call; unpriced: nobody knows its price. refusal is what the edge already
+    found wrong (a bad key, a broken body): it travels so that the meter, which is outermost, records it.
     """
 
     __slots__ = (
@@ -353,6 +353,7 @@ class Call:
         "held",
         "hold",
         "id",
+        "intent",
         "model",
         "observed",
         "open",
@@ -393,6 +394,7 @@ class Call:
         self.prompt_tokens = self.output_tokens = 0
         self.sent = self.paid = self.used = 0
         self.opener = id
+        self.intent = -1
         self.open = self.fallback = self.unpriced = False
         self.held: Any = None
         self.observed = ""
@@ -416,6 +418,7 @@ class Call:
     def take_over(self, other: Call) -> None:
         """What was sent to engines for other counts as ours."""
         self.attempts, self.sent, self.open, self.opener = other.attempts, other.sent, other.open, other.opener
+        self.intent = other.intent
         self.paid, self.used = other.paid, other.used
 
 

@@ -191,7 +191,7 @@ def add_ledger(parser: argparse.ArgumentParser) -> None:
     )
     export.add_argument("--since", metavar="DAY", type=_moment, help="entries from this day on, as 2026-11-30, in UTC")
     export.add_argument("--until", metavar="DAY", type=_moment, help="entries before this day")
-    export.add_argument("--project", metavar="ID", help="entries of one project")
+    export.add_argument("--project", metavar="PROJECT", help="entries of one project, by id or name")
     export.set_defaults(run=export_ledger)
     verify = commands.add_parser(
         "verify",
@@ -319,17 +319,16 @@ def pull(options: argparse.Namespace) -> int:
 
 
 def export_ledger(options: argparse.Namespace) -> int:
-    from .accounts.export import Part, rows, write_csv, write_parquet
+    from .accounts.export import Part, project_of, rows, write_csv, write_parquet
     from .store.database import open_database
 
     settings = settings_of(options)
     if options.since is not None and options.until is not None and options.since >= options.until:
         raise SettingsError("--since must be before --until: there is nothing between them")
     file = Path(options.output) if options.output else None
-    found = rows(
-        open_database(settings.data_dir, settings.database), settings.data_dir,
-        Part(options.since, options.until, options.project),
-    )  # fmt: skip
+    database = open_database(settings.data_dir, settings.database)
+    project = project_of(database, options.project) if options.project is not None else None
+    found = rows(database, settings.data_dir, Part(options.since, options.until, project))
     count = write_parquet(found, file) if file and file.suffix == ".parquet" else write_csv(found, file)
     if file is not None:
         print(f"{file}: {count:,} entries")
@@ -356,8 +355,16 @@ def backup(options: argparse.Namespace) -> int:
     with progress() as tell:
         told = write(settings.data_dir, settings.database, file, tell)
     rows = sum(table.rows for table in told.tables.values())
-    print(f"{file}: {rows:,} rows and {len(told.members):,} files, {file.stat().st_size / 1e6:.1f} MB")
+    print(f"{file}: {rows:,} rows and {len(told.members):,} files, {sized(file.stat().st_size)}")
     return 0
+
+
+def sized(bytes: int) -> str:
+    """The size of a file for people."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
+        if bytes >= unit:
+            return f"{bytes / unit:.1f} {name}"
+    return f"{bytes} bytes"
 
 
 def restore(options: argparse.Namespace) -> int:
@@ -365,11 +372,24 @@ def restore(options: argparse.Namespace) -> int:
     from .store.backup import restore as read
 
     settings = settings_of(options)
-    with only_server(settings.data_dir), progress() as tell:  # no server may begin in the middle
-        told = read(Path(options.file), settings.data_dir, settings.database, options.force, tell)
+    data = settings.data_dir
+    made = [path for path in (data / "serve.lock", data, *data.parents) if not path.exists()]
+    with only_server(data), progress() as tell:  # no server may begin in the middle
+        try:
+            told = read(Path(options.file), data, settings.database, options.force, tell)
+        except BaseException:  # Ctrl-C too
+            take_back(made)
+            raise
     at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(told.made_at))
-    print(f"{settings.data_dir} is as it was on {at}: {sum(table.rows for table in told.tables.values()):,} rows")
+    print(f"{data} is as it was on {at}: {sum(table.rows for table in told.tables.values()):,} rows")
     return 0
+
+
+def take_back(made: Sequence[Path]) -> None:
+    """Removes a lock and the directories that were made for it, innermost first, unless something else is in them."""
+    for path in made:
+        with contextlib.suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ Order, later wins: default, TOML file, environment, flag. This file knows nothin
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
@@ -24,6 +25,7 @@ Positive = Annotated[int, Meta(ge=1, le=10**15)]  # what a double, and so any cl
 Seconds = Annotated[float, Meta(gt=0, le=2_678_400)]  # a month; infinity is no number for a timer
 NotNegative = Annotated[int, Meta(ge=0, le=10**15)]
 Days = Annotated[int, Meta(ge=0, le=36_500)]
+Limits = Literal["requests_per_minute", "tokens_per_minute", "requests_per_day", "concurrent_requests", "spend_limit"]
 Dollars = Annotated[float, Meta(ge=0, le=1e9)]
 Named = Annotated[str, Meta(min_length=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -204,15 +206,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     reserve_output: Annotated[
         Positive | None,
         Meta(
-            description="tokens that tokens_per_minute sets aside for an answer without a given maximum; the model's "
-            "longest if not given"
+            description="tokens that tokens_per_minute sets aside for an answer without a given maximum, and the "
+            "maximum it is given where a limit of tokens is in force; the model's longest, if that is not too much"
         ),
     ] = None
     spend_limit: Annotated[
         Dollars | None, Meta(description="US dollars a project may spend a calendar month; no limit if not given")
     ] = None
     observe_only: Annotated[
-        bool, Meta(description="refuse nothing for a limit; say in metrics, ledger and answers what would have been")
+        bool | list[Limits],
+        Meta(
+            description="refuse nothing for a limit; say in metrics, ledger and answers what would have been; a list: "
+            "only for the limits of these settings"
+        ),
     ] = False
     unknown_price: Annotated[
         Literal["flag", "refuse"], Meta(description="mark or refuse calls of an upstream's model without a price")
@@ -237,6 +243,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ledger_days: Annotated[
         Days, Meta(description="days that entries of the ledger are kept in the database; 0: for good")
     ] = 400
+    audit_days: Annotated[Days, Meta(description="days that entries of the audit log are kept; 0: for good")] = 0
+    metrics_open: Annotated[
+        bool | None,
+        Meta(
+            description="answer /metrics without a key; if not given, only a server that listens on loopback does, and "
+            "others want an admin key"
+        ),
+    ] = None
     access_log: Annotated[
         str, Meta(description="file for the JSON access log; - for standard error, empty for none")
     ] = ""
@@ -300,6 +314,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def data_dir(self) -> Path:
         return Path(self.data).expanduser().absolute()
 
+    @property
+    def on_loopback(self) -> bool:
+        """Whether nobody but programs of this machine can connect."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
 
 class Setting(msgspec.Struct, frozen=True):
     """One row of the table. shape is a word for its type, choices the texts it may be if they are few; plain ones have
@@ -331,6 +353,8 @@ def _described(annotation: Any) -> tuple[str, str]:
     if choices(annotation):
         return help, "text"
     base = _bare(annotation)
+    if bool in get_args(base):  # or a list, which only a file can have
+        base = bool
     if get_origin(base) is list:
         return help, "list"
     return help, {str: "text", int: "number", float: "number", bool: "yes/no"}.get(base, "table")
@@ -412,6 +436,8 @@ def _mistake(value: Any, shape: Any) -> tuple[str, str] | None:
     else:
         return None
     base = _bare(shape)
+    if isinstance(value, list):
+        base = next((kind for kind in get_args(base) if get_origin(kind) is list), base)
     parts: Iterable[tuple[str, Any, Any]] = ()
     if isinstance(value, Mapping) and get_origin(base) is dict:
         parts = ((f".{name}", inner, get_args(base)[1]) for name, inner in value.items())

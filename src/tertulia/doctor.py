@@ -315,15 +315,15 @@ def database(patient: Patient) -> Iterator[Finding]:
 def journal(patient: Patient) -> Iterator[Finding]:
     import msgspec
 
-    from .accounts.entry import OPEN, read_intent, read_line
+    from .accounts.entry import read_line
     from .store.journal import read
 
     path, bad, number = patient.data / "ledger", 0, 0
     try:
         for line in read(path):
-            number += not line.startswith(OPEN)
+            number += 1
             try:
-                (read_intent if line.startswith(OPEN) else read_line)(line)
+                read_line(line)
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 bad += 1
     except OSError as error:
@@ -462,7 +462,7 @@ def port(patient: Patient) -> Iterator[Finding]:
         yield from readiness(where)
     else:
         yield bindable(host, number)
-    if host not in ("127.0.0.1", "::1", "localhost"):
+    if not patient.settings.on_loopback:
         do = "keep to loopback behind a proxy that speaks TLS, or see that only whom you trust can connect"
         yield Finding("host", WARN, f"{host} is reached from other machines, without encryption", do)
 
@@ -536,15 +536,20 @@ def upstream_findings(name: str, upstream: Upstream, patient: Patient) -> Iterat
     except SettingsError as error:
         yield Finding(check, FAIL, error.message, "correct it, or set what it names")
         return
-    for reference in wanted.values():
-        path = Path(reference.removeprefix("file:")).expanduser()
-        if reference.startswith("file:") and path.stat().st_mode & 0o077:
-            yield Finding(check, WARN, f"{path} holds a key that others may read", f"chmod 600 {path}")
+    yield from private_references(check, wanted)
     what = f"{upstream.base_url}, {'key from ' + upstream.key.partition(':')[0] if upstream.key else 'no key'}"
     if not patient.deep:
         yield Finding(check, OK, f"{what}; not asked (--deep asks it)")
         return
     yield asked(check, engine, upstream, what)
+
+
+def private_references(check: str, wanted: Mapping[str, str]) -> Iterator[Finding]:
+    """What is wrong with the files that references name, which can be read."""
+    for reference in wanted.values():
+        path = Path(reference.removeprefix("file:")).expanduser()
+        if reference.startswith("file:") and path.stat().st_mode & 0o077:
+            yield Finding(check, WARN, f"{path} holds a key that others may read", f"chmod 600 {path}")
 
 
 def asked(check: str, engine: Far, upstream: Upstream, what: str) -> Finding:
@@ -572,6 +577,46 @@ def asked(check: str, engine: Far, upstream: Upstream, what: str) -> Finding:
             why = f"{upstream.base_url} refuses the key: {error.message}"
             return Finding(check, FAIL, why, "check what its key refers to")
         return Finding(check, FAIL, f"{upstream.base_url}: {error.message}", "check base_url and whether it runs")
+
+
+def prices(patient: Patient) -> Iterator[Finding]:
+    from .accounts.prices import list_date, list_prices
+
+    if any((patient.settings.prices, *(upstream.prices for upstream in patient.settings.upstreams.values()))):
+        from .server import prices_of
+
+        try:
+            prices_of(patient.settings)
+        except SettingsError as error:
+            yield Finding("prices", FAIL, error.message, "correct it; docs/how-to/limits.md says how")
+            return
+    what = f"OpenAI's list prices of {list_date()}, of {len(list_prices())} models"
+    yield Finding("prices", OK, what, "what differs belongs into [prices]")
+
+
+def alerts(patient: Patient) -> Iterator[Finding]:
+    """Whether spend alerts have somewhere to go. No secret is printed."""
+    settings = patient.settings
+    given = [name for name in settings.__struct_fields__ if name.startswith("alert_") and getattr(settings, name)]
+    if not given:
+        return
+    from .accounts.credentials import Credentials, references
+    from .server import channels
+
+    credentials = Credentials()
+    wanted = {name: reference for name, reference in references(settings).items() if name in given}
+    try:
+        near = [credentials.check(setting, reference) for setting, reference in wanted.items()]
+        if not (patient.deep or all(near)):
+            yield Finding("alerts", OK, f"{', '.join(given)}: not asked for the secrets (--deep does)")
+            return
+        credentials.require(wanted)
+        where = [channel.name for channel in channels(settings, credentials)]
+    except SettingsError as error:
+        yield Finding("alerts", FAIL, error.message, "correct it, or set what it names")
+        return
+    yield from private_references("alerts", wanted)
+    yield Finding("alerts", OK, f"spend alerts go out by {' and '.join(where)}")
 
 
 # With --deep ----------------------------------------------------------------------------------------------------------
@@ -632,7 +677,7 @@ async def tried(settings: Settings, card: ModelCard, path: Path) -> str:
 CHECKS: tuple[Check, ...] = (
     python, system, processor, memory, packages, engine, client,  # the machine and what is installed
     data_directory, disk, private_files, database, journal,  # what is kept
-    models, port, client_file, upstreams, generation,  # what is configured; environment and settings come before all
+    models, port, client_file, upstreams, prices, alerts, generation,  # what is configured, after settings themselves
 )  # fmt: skip
 
 

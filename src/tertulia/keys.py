@@ -9,16 +9,19 @@ import contextlib
 import getpass
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from .accounts import scopes
+from .accounts import client_env, scopes
 from .accounts.audit import local, printable
 from .accounts.change import Change
 from .accounts.directory import Directory
+from .accounts.records import chosen
+from .config import Settings, load
 from .errors import BadRequest, NotFound, SettingsError
 
 LONGEST_NAME = 256
@@ -40,17 +43,16 @@ def run(command: str, options: argparse.Namespace) -> int:
     print(table(rows) if isinstance(answer, list) else sheet(answer))
     for row in rows:
         if "value" in row:
-            print("\nIt is shown this once, and kept nowhere.")
+            print("\nIt is shown this once.")
     return 0
 
 
 @contextlib.contextmanager
 def opened(options: argparse.Namespace) -> Iterator[Directory]:
     """The directory; nothing is made where there is none. Raises SettingsError."""
-    from .config import load
     from .store.database import open_database
 
-    settings = load({"data": options.data, "config": options.config, "database": options.database})
+    settings = settings_of(options)
     data = settings.data_dir
     if not (data / "secret").exists():  # one without a database may be a second gateway's, one without a secret none's
         raise SettingsError(f"There are no keys in {data} yet: `tertulia serve` makes the first at its first start.")
@@ -62,6 +64,16 @@ def opened(options: argparse.Namespace) -> Iterator[Directory]:
         yield directory
     finally:
         database.dispose()
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """Raises SettingsError."""
+    return load({"data": options.data, "config": options.config, "database": options.database})
+
+
+def say(line: str) -> None:
+    """On standard error: what is printed beside it may be read by a program."""
+    print(f"tertulia: {line}", file=sys.stderr)
 
 
 # The commands: each returns what it shows.
@@ -80,6 +92,8 @@ def list_keys(options: argparse.Namespace, directory: Directory) -> list[dict[st
 
 def create_key(options: argparse.Namespace, directory: Directory) -> dict[str, Any]:
     name, kind = a_name(options.name), "admin" if options.admin else "project"
+    if options.scopes is not None and not options.scopes.strip():  # a variable that was not set must not allow all
+        raise BadRequest("--scopes is empty. Leave it out for a key that may do everything.")
     wanted = scopes.checked(part.strip() for part in options.scopes.split(",")) if options.scopes else None
     if options.admin and (options.project or wanted):
         raise BadRequest("An admin key has no project and no scopes: what it may do, its owner's role says.")
@@ -102,8 +116,17 @@ def show_key(options: argparse.Namespace, directory: Directory) -> dict[str, Any
 
 
 def rotate_key(options: argparse.Namespace, directory: Directory) -> dict[str, Any]:
+    """A key that DATA/client.env holds is replaced there, too."""
+    data = settings_of(options).data_dir
+    held = {key for key in client_env.keys(data) if directory.id_of(key) == options.id}
     with changing(directory) as change:
         row, secret = directory.rotate_key(change, options.id, options.grace)
+    if held:
+        try:
+            client_env.replace(data, held, secret)
+            say(f"{data / 'client.env'} held that key, and holds the new one now")
+        except OSError as error:  # the new key is in force all the same, and is shown this once
+            say(f"{data / 'client.env'} still holds the old key, it could not be written: {error.strerror}")
     return {**view(directory, row), "replaces": options.id, "value": secret}
 
 
@@ -119,6 +142,10 @@ def list_projects(options: argparse.Namespace, directory: Directory) -> list[dic
 
 def create_project(options: argparse.Namespace, directory: Directory) -> dict[str, Any]:
     name = a_name(options.name)
+    for other in directory.projects.values():
+        if other.name == name and other.archived_at is None:
+            say(f"another active project has that name ({other.id}): from now on each is to be named by its id")
+            break
     with changing(directory) as change:
         made = change.create("project", change.organization, {"name": name, "archived_at": None})
         change.audit("project.created", made.id, {"id": made.id, "data": {"name": name, "title": name}})
@@ -164,15 +191,7 @@ def project_of(directory: Directory, text: str | None) -> str:
     """The id of the project of that id or name, or of the first one. Raises NotFound, or BadRequest if two have it."""
     if text is None:
         return directory.home()[1]
-    if text in directory.projects:
-        return text
-    named = [project.id for project in directory.projects.values() if project.name == text]
-    alive = [id for id in named if directory.projects[id].archived_at is None] or named
-    if not alive:
-        raise NotFound(f"There is no project {text!r}; `tertulia keys projects list` shows them.")
-    if len(alive) > 1:
-        raise BadRequest(f"Several projects are named {text!r}: give the id of one ({', '.join(alive)}).")
-    return alive[0]
+    return chosen(text, [(one.id, one.name, one.archived_at is None) for one in directory.projects.values()])
 
 
 def refuse_archived(directory: Directory, project: str) -> None:

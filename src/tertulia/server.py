@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import uvicorn
@@ -31,12 +32,15 @@ from msgspec.structs import replace
 from . import config
 from .accounts import client_env
 from .accounts.alerts import Alerts, Channel, Mail, Webhook
+from .accounts.audit import prune
+from .accounts.budgets import SPEND
+from .accounts.change import forget
 from .accounts.credentials import Credentials, references
 from .accounts.directory import Directory
 from .accounts.keys import checked
 from .accounts.keys import make as make_key
 from .accounts.ledger import Ledger
-from .accounts.limits import NO_LIMIT
+from .accounts.limits import CONCURRENT, DAILY, KINDS, NO_LIMIT, REQUESTS, TOKENS
 from .accounts.prices import NANO, Prices
 from .accounts.projects import RateLimit
 from .api import app, chat, completions, embeddings, models, usage
@@ -62,7 +66,7 @@ from .gateway.pipeline import Pipeline, check
 from .gateway.route import Route
 from .gateway.traces import Traces
 from .reload import Reloads, fingerprint
-from .store.database import open_database
+from .store.database import Database, open_database
 
 log = logging.getLogger("tertulia")
 SPARE_FILES = 256  # open files that are no client's: engines, database, logs
@@ -70,6 +74,10 @@ GRACE_SECONDS = 10.0  # what answers under way are given to finish when the serv
 MEGABYTE = 1_000_000
 NEAR = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where a server that listens everywhere is reached from here
 MINUTE_SECONDS, DAY_SECONDS = 60.0, 86_400.0  # the windows of limits
+LIMITS = {  # the settings that are limits, and what kind of one
+    "requests_per_minute": REQUESTS, "tokens_per_minute": TOKENS, "requests_per_day": DAILY,
+    "concurrent_requests": CONCURRENT, "spend_limit": SPEND,
+}  # fmt: skip
 PROBE_SECONDS = 1.0  # for whoever has our port to say who it is
 CHAT_FIELDS, COMPLETION_FIELDS = chat.Chat.__struct_fields__, completions.Completion.__struct_fields__
 PER_CALL = ("model", "messages", "prompt", "input", "stream", "stream_options")  # never a preset's
@@ -133,16 +141,14 @@ class Server:
         self._far = far_engines(settings, {}, self.credentials)
         self.engines = [*mocks(settings), *(far.engine for far in self._far.values()), *near_engines(settings)]
         self.names = Names.of(settings, self.engines)
-        self.ledger = Ledger(
-            self.data, self.database, flush_seconds=settings.flush_seconds, fold_seconds=settings.fold_seconds,
-            days=settings.ledger_days,
-        )  # fmt: skip
+        self.ledger = open_ledger(settings, self.data, self.database)
         prices = prices_of(settings)
         self.access_log = AccessLog(settings.access_log) if settings.access_log else None
         self.traces = Traces(settings.traces, addresses(settings)) if settings.traces else None
         self.meter = Meter(self.ledger, self.access_log, self.traces)
         self.admit = admit = Admit(rules(settings), prices, self.ledger.spent())
         admit.adopt(self.directory.projects.values())
+        self._hear()
         self._recall()
         self.alerts = Alerts(
             self.database, admit.budgets, lambda: self.directory.records.all("spend_alert"),
@@ -176,7 +182,19 @@ class Server:
             *models.routes(self.names), *door.routes(administration),
             *usage.routes(self.database, self.ledger.catch_up),
         ]  # fmt: skip
-        return front, app.build(tasks, cold, self.directory, self.states, self.meter.exposition)
+        anybody = settings.on_loopback if settings.metrics_open is None else settings.metrics_open
+        return front, app.build(tasks, cold, self.directory, self.states, self.meter.exposition, anybody)
+
+    def _hear(self) -> None:
+        """What other gateways of the database spend counts here, too."""
+        loop, admit, fold = asyncio.get_running_loop(), self.admit, self.ledger.fold
+
+        def heard(month: int, spent: dict[str, int]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(admit.hear, month, spent)
+
+        if fold is not None:
+            fold.heard = heard
 
     def _recall(self) -> None:
         """A restart does not empty the windows of limits: what was admitted within them still counts."""
@@ -228,8 +246,7 @@ class Server:
         self.cache.reload(settings)
         self.route.reload(settings)
         self.admit.reload(rules(settings), prices)
-        self.front.max_body, self.front.read_timeout = settings.max_body * 2**20, settings.read_timeout
-        self.front.keep_alive = settings.keep_alive
+        self.front.limit(settings.max_body * 2**20, settings.read_timeout, settings.keep_alive)
         if self.traces is not None:
             self.traces.reload(addresses(settings))
         logging.getLogger().setLevel(settings.log_level.upper())
@@ -348,6 +365,17 @@ class Server:
             self._uvicorn.should_exit = True
 
 
+def open_ledger(settings: Settings, data: Path, database: Database) -> Ledger:
+    """The ledger; whoever takes old rows out of it does so with all others that are kept for a time only."""
+    found = Ledger(
+        data, database, flush_seconds=settings.flush_seconds, fold_seconds=settings.fold_seconds,
+        days=settings.ledger_days,
+    )  # fmt: skip
+    if found.fold is not None:
+        found.fold.sweeps += [partial(prune, database, settings.audit_days), partial(forget, database)]
+    return found
+
+
 class _Uvicorn(uvicorn.Server):
     """uvicorn, telling when it listens, and for what it waits when a signal stops it."""
 
@@ -458,8 +486,24 @@ def near_engines(settings: Settings) -> list[Engine]:
 
 
 def prices_of(settings: Settings) -> Prices:
-    """What models cost: as their upstreams say, and [prices] has the last word."""
-    return Prices(settings.prices, {name: upstream.prices for name, upstream in settings.upstreams.items()})
+    """What models cost: as their upstreams say, and [prices] has the last word. Raises SettingsError."""
+    upstreams = {name: upstream.prices for name, upstream in settings.upstreams.items()}
+    return Prices(settings.prices, upstreams, theirs=their_names(settings))
+
+
+def their_names(settings: Settings) -> dict[str, dict[str, str]]:
+    """By upstream and our name for a model, its own name for it, as far as the settings say."""
+    found: dict[str, dict[str, str]] = {}
+    targets = [target for route in settings.routes.values() for target in route.targets]
+    taken = {model for upstream in settings.upstreams.values() for model in upstream.models}
+    for name, upstream in settings.upstreams.items():
+        priced = {*settings.prices, *upstream.prices} - taken if upstream.discover else ()
+        found[name] = {
+            **{model: model[len(upstream.prefix) :] for model in priced if model.startswith(upstream.prefix)},
+            **{f"{name}/{target.model}": target.model for target in targets if target.upstream == name},
+            **upstream.models,
+        }  # fmt: skip
+    return found
 
 
 def idle_names(settings: Settings, names: Names, keys: Collection[str]) -> list[str]:
@@ -494,6 +538,16 @@ def _of_nobody(settings: Settings, name: str, upstream: config.Upstream) -> Iter
 def channels(settings: Settings, credentials: Credentials) -> list[Channel]:
     """Where spend alerts go. Raises SettingsError."""
     found: list[Channel] = []
+    for name, without in (
+        ("alert_webhook_secret", "alert_webhook"), ("alert_smtp_password", "alert_smtp"), ("alert_from", "alert_smtp"),
+    ):  # fmt: skip
+        if getattr(settings, name) is not None and getattr(settings, without) is None:
+            raise SettingsError(f"{name}: it does nothing without {without}; set both, or neither")
+    for name in ("alert_webhook", "alert_smtp"):
+        try:
+            _ = urlsplit(getattr(settings, name) or "").port
+        except ValueError:
+            raise SettingsError(f"{name}: this is no address (URL)") from None
     if settings.alert_webhook is not None:
         if settings.alert_webhook_secret is None:
             raise SettingsError("alert_webhook: it needs alert_webhook_secret, a reference to what signs its events")
@@ -501,6 +555,11 @@ def channels(settings: Settings, credentials: Credentials) -> list[Channel]:
     if settings.alert_smtp is not None:
         password = partial(credentials.value, settings.alert_smtp_password)
         found.append(Mail(settings.alert_smtp, password, settings.alert_from))
+        user, given = urlsplit(settings.alert_smtp).username, settings.alert_smtp_password is not None
+        if given and not user:
+            raise SettingsError("alert_smtp_password: alert_smtp names no user whose it is: smtp://USER@HOST:PORT")
+        if user and not given:
+            raise SettingsError("alert_smtp: it names a user, and alert_smtp_password, a reference, is missing")
     return found
 
 
@@ -509,7 +568,7 @@ def rules(settings: Settings) -> Rules:
     return Rules(
         settings.requests_per_minute, settings.tokens_per_minute, settings.requests_per_day or NO_LIMIT,
         settings.concurrent_requests or NO_LIMIT,
-        None if settings.spend_limit is None else round(settings.spend_limit * NANO), settings.observe_only,
+        None if settings.spend_limit is None else round(settings.spend_limit * NANO), observed(settings),
         settings.unknown_price == "refuse", settings.reserve_output,
     )  # fmt: skip
 
@@ -518,8 +577,14 @@ def rate_limit(settings: Settings) -> RateLimit:
     """Of a project and model that have none of their own."""
     return RateLimit(
         settings.requests_per_minute, settings.tokens_per_minute, settings.requests_per_day,
-        settings.concurrent_requests, settings.observe_only,
+        settings.concurrent_requests, observed(settings) & KINDS,
     )  # fmt: skip
+
+
+def observed(settings: Settings) -> frozenset[str]:
+    """The kinds of limits that refuse nothing."""
+    named = settings.observe_only
+    return frozenset(LIMITS[name] for name in (named if isinstance(named, list) else LIMITS if named else ()))
 
 
 def addresses(settings: Settings) -> dict[str, str]:

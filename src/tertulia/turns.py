@@ -9,6 +9,8 @@ import asyncio
 import logging
 from typing import Any, Protocol
 
+from .direct import OUTBOX
+
 log = logging.getLogger("tertulia")
 
 
@@ -36,8 +38,10 @@ class Turns:
 
     def _run(self) -> None:
         workers, self._workers = self._workers, []
+        OUTBOX.open()
         for worker in workers:
             try:
                 worker.work()
             except Exception as error:  # a defect of ours in one; the others are not its victims
                 log.error("unexpected error in a turn", exc_info=error)
+        OUTBOX.send()

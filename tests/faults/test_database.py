@@ -315,6 +315,38 @@ def test_postgresql_on_a_full_disk(tmp_path: Path, cluster: Cluster, disk: Path)
         cluster.tell("DROP TABLESPACE small")
 
 
+def test_a_journal_on_a_full_disk_refuses_calls_until_there_is_room(tmp_path: Path, disk: Path) -> None:
+    """Only DATA/ledger is on that disk. What cannot be accounted for does not leave; what was answered is accounted."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (disk / "ledger").mkdir()
+    (data / "ledger").symlink_to(disk / "ledger")
+    served = serve(data, CONFIG, *MODELS)
+    try:
+        answered, deadline = 0, time.monotonic() + 60
+        assert ask(served, "/chat/completions", served.api_key, QUESTION)[0] == 200
+        with full(disk):
+            while (told := ask(served, "/chat/completions", served.api_key, QUESTION))[0] == 200:
+                answered += 1  # there is room for some more
+                assert time.monotonic() < deadline, answered
+            for _ in range(20):
+                for body in (QUESTION, {**QUESTION, "stream": True}):
+                    status, answer = ask(served, "/chat/completions", served.api_key, body)
+                    assert (status, answer["error"]["code"]) == (503, "ledger_unavailable"), answer
+            assert set(told[1]["error"]) == UNAVAILABLE
+            assert ask(served, "/organization/projects", served.admin_key, {"name": "made"})[0] == 200
+        deadline = time.monotonic() + 20
+        while ask(served, "/chat/completions", served.api_key, QUESTION)[0] != 200:
+            assert time.monotonic() < deadline, "there is room again, and calls are refused"
+            time.sleep(0.1)
+        assert served.stop() == 0
+        assert "Traceback" not in (data / "stderr.log").read_text()
+    finally:
+        served.stop()
+    calls = folded(data, f"sqlite:///{data / 'tertulia.db'}")
+    assert len(calls) == 1 + answered + 1 and set(calls.values()) == {1}
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_without_the_database_for_too_long_nobody_is_let_in_and_nobody_is_called_a_stranger(
     tmp_path: Path, kind: str, request: pytest.FixtureRequest

@@ -178,8 +178,7 @@ def by_model(paths: list[Path]) -> dict[str, list[dict[str, Any]]]:
     for path in paths:
         for line in path.read_text().splitlines():
             entry = json.loads(line)
-            if "open" not in entry:  # an intent, which has an entry of its own
-                found.setdefault(entry["asked"], []).append(entry)
+            found.setdefault(entry["asked"], []).append(entry)
     return found
 
 

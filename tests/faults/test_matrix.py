@@ -125,8 +125,7 @@ def by_id(path: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for line in path.read_text().rstrip("\0").splitlines():  # a journal in use has room kept behind its last line
         entry = json.loads(line)
-        if "open" not in entry:  # an intent, which has an entry of its own
-            found.setdefault(entry["id"], []).append(entry)
+        found.setdefault(entry["id"], []).append(entry)
     return found
 
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import pytest
+
+from tertulia.cli import main, sized
 
 LOGGING = """
 import logging, sys
@@ -40,3 +45,28 @@ def test_logging_to_a_pipe_that_nobody_reads_waits_for_nobody() -> None:
     assert time.monotonic() - began < 10 and running.poll() is None
     assert running.stderr.read().count("INFO tertulia.x") == 5000
     assert running.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("bytes", "said"),
+    [(0, "0 bytes"), (999, "999 bytes"), (3000, "3.0 KB"), (999_900, "999.9 KB"), (1_500_000, "1.5 MB"),
+     (2_340_000_000, "2.3 GB")],
+)  # fmt: skip
+def test_sizes_for_people(bytes: int, said: str) -> None:
+    assert sized(bytes) == said
+
+
+def test_a_restore_that_fails_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad, there = tmp_path / "bad.tar.gz", tmp_path / "there"
+    bad.write_bytes(b"no backup")
+    for file in (bad, tmp_path / "none.tar.gz"):
+        assert main(["restore", str(file), "--data", str(tmp_path / "a" / "b")]) == 1
+    assert not (tmp_path / "a").exists()
+    there.mkdir()
+    assert main(["restore", str(bad), "--data", str(there)]) == 1
+    assert list(there.iterdir()) == []
+    for name in ("serve.lock", "note"):  # what was there stays
+        (there / name).touch()
+    assert main(["restore", str(bad), "--data", str(there)]) == 1
+    assert sorted(path.name for path in there.iterdir()) == ["note", "serve.lock"]
+    assert "Traceback" not in capsys.readouterr().err

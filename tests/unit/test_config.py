@@ -138,6 +138,12 @@ def test_sections(file: Any) -> None:
         ("spend_limit = inf", "spend_limit: expected float <= 1000000000.0"),
         ("mock = 'yes'", "mock: expected bool, got text"),
         ("host = 1", "host: expected text, got int"),
+        (
+            "observe_only = ['tokens_per_minut']",
+            "observe_only[0]: expected requests_per_minute, tokens_per_minute, requests_per_day, concurrent_requests "
+            "or spend_limit, got 'tokens_per_minut'; did you mean tokens_per_minute?",
+        ),
+        ("observe_only = 'tokens'", "observe_only: expected bool | array, got text"),
         ("log_level = 'loud'", "log_level: expected debug, info, warning or error, got 'loud'"),
         ("log_level = 'Warn'", "log_level: expected debug, info, warning or error, got 'Warn'; did you mean warning?"),
         ("log_level = 3", "log_level: expected debug, info, warning or error, got int"),
@@ -279,3 +285,12 @@ def test_the_table_says_everything_that_docs_and_flags_need() -> None:
     assert {row.name: row.choices for row in table(Route)}["on_break"] == ("error", "continue")  # None is not said
     shapes = (LocalModel, Upstream, Route, RouteTarget, Policy)
     assert all(row.help for shape in shapes for row in table(shape))
+
+
+@pytest.mark.parametrize(
+    ("host", "near"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+     ("10.0.0.1", False), ("gateway.example.org", False)],
+)  # fmt: skip
+def test_which_addresses_only_this_machine_reaches(host: str, near: bool) -> None:
+    assert Settings(host=host).on_loopback is near

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import secrets
@@ -21,6 +22,7 @@ from conftest import Served, with_models
 from tertulia import doctor
 from tertulia.accounts import client_env
 from tertulia.accounts.directory import Directory
+from tertulia.accounts.prices import list_date
 from tertulia.config import LocalModel, Settings, Upstream
 from tertulia.doctor import FAIL, OK, WARN, Check, Finding, Patient
 from tertulia.engines import gguf
@@ -227,12 +229,8 @@ def test_a_damaged_journal(data: Path) -> None:
         "model": "mock", "status": 200, "outcome": "finished", "ms": 1.25,
     }  # fmt: skip
     good = json.dumps(entry).encode() + b"\n"
-    intent = json.dumps({
-        "open": "req_9", "attempt": 1, "at": 1.5, "key": "k", "project": "p", "task": "chat", "asked": "a",
-        "model": "m", "target": "t",
-    }).encode() + b"\n"  # fmt: skip
     journal = data / "ledger" / "000001.jsonl"
-    journal.write_bytes(good * 3 + intent)
+    journal.write_bytes(good * 3)
     assert look(doctor.journal, data) == [Finding("journal", OK, "3 entries")]
     journal.write_bytes(good + b'{"id":"req_2","at"\n' + good + bytes(9))
     assert "1 of 3 entries are damaged" in only(look(doctor.journal, data), WARN).what
@@ -421,3 +419,38 @@ def test_a_deep_look_gets_an_answer(model_files: Path, tmp_path: Path) -> None:
     assert look(doctor.generation, data) == []
     failing = only(look(doctor.generation, data, deep=True, memory_budget=1, embedding_model="mock-embedding"), FAIL)
     assert "memory_budget" in failing.what
+
+
+def test_the_date_of_the_list_of_prices(data: Path) -> None:
+    [found] = look(doctor.prices, data)
+    assert found.state == OK and list_date() in found.what
+    upstream = {"house": Upstream(base_url="http://127.0.0.1:9/v1", models={"ours": "gpt-4o"},
+                                  prices={"ours": {"input": 1.0}})}  # fmt: skip
+    assert all_ok(look(doctor.prices, data, upstreams=upstream))
+    assert (
+        "prices.nobodys.output: missing" in only(look(doctor.prices, data, prices={"nobodys": {"input": 1}}), FAIL).what
+    )
+
+
+def test_where_spend_alerts_go(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "whsec_" + base64.b64encode(b"never to be seen, this one").decode()
+    monkeypatch.setenv("HOOK", secret)
+    hook = {"alert_webhook": "https://example.org/", "alert_webhook_secret": "env:HOOK"}
+    assert look(doctor.alerts, data) == []
+    assert only(look(doctor.alerts, data, alert_webhook_secret="env:HOOK"), FAIL).what.startswith(
+        "alert_webhook_secret"
+    )
+    assert (
+        "NONE_SUCH" in only(look(doctor.alerts, data, **{**hook, "alert_webhook_secret": "env:NONE_SUCH"}), FAIL).what
+    )
+    (tmp_path / "word").write_text(secret)
+    mail = {"alert_smtp": "smtp://me@example.org", "alert_smtp_password": f"file:{tmp_path / 'word'}"}
+    assert "others may read" in only(look(doctor.alerts, data, **mail), WARN).what
+    (tmp_path / "word").chmod(0o600)
+    found = look(doctor.alerts, data, **hook, **mail)
+    assert all_ok(found) and found[-1].what == "spend alerts go out by webhook and mail"
+    far = look(doctor.alerts, data, **{**hook, "alert_webhook_secret": "vault:secret/hook#key"})
+    assert far[-1].state == OK and "--deep" in far[-1].what
+    monkeypatch.setenv("HOOK", "whsec_dGlueQ==")
+    assert "at least 16 bytes" in only(look(doctor.alerts, data, **hook), FAIL).what
+    assert not any(text in str(each) for text in (secret, "dGlueQ") for each in found + far)

@@ -228,7 +228,18 @@ def walk_limits(admin: Admin) -> None:
                                        max_requests_per_1_day=90, extra_body=own)  # fmt: skip
     assert (changed.max_requests_per_1_minute, changed.max_requests_per_1_day) == (7, 90)
     assert changed.max_concurrent_requests == 4 and changed.observe_only is True
+    some = {"observe_only": ["max_tokens_per_1_minute", "max_concurrent_requests"]}
+    assert limits.update_rate_limit(listed["mock"].id, project_id=project, extra_body=some).observe_only == [
+        "max_tokens_per_1_minute", "max_concurrent_requests",
+    ]  # fmt: skip
+    with pytest.raises(openai.BadRequestError) as wrong:
+        limits.update_rate_limit(listed["mock"].id, project_id=project, extra_body={"observe_only": ["tokens"]})
+    assert wrong.value.param == "observe_only[0]" and "'max_tokens_per_1_minute'" in str(wrong.value)
+    with pytest.raises(openai.BadRequestError) as wrong:
+        limits.update_rate_limit(listed["mock"].id, project_id=project, extra_body={"observe_only": "tokens"})
+    assert wrong.value.param == "observe_only"
     again = limits.update_rate_limit(listed["mock"].id, project_id=project, max_tokens_per_1_minute=800)
+    assert again.observe_only == some["observe_only"]
     assert (again.max_requests_per_1_minute, again.max_tokens_per_1_minute) == (7, 800)
     found = {limit.model: limit for limit in limits.list_rate_limits(project).data}
     assert found["mock"] == again and found["mock-embedding"] == listed["mock-embedding"]
@@ -699,6 +710,11 @@ WRONG: tuple[tuple[str, Any, str | None, str | None], ...] = (
     ("/invites", {"email": "a@b.c", "role": "king"}, "role", "invalid_value"),
     ("/invites", {"email": "a@b.c", "role": "reader", "projects": [{"id": "x", "role": "member"}]}, "projects[0].id",
      "invalid_value"),
+    ("/users/{owner}", {"email": "nobody"}, "email", "invalid_value"),
+    ("/invites", {"email": "a@b.c", "role": "reader", "projects": [{"id": "{home}", "role": "king"}]},
+     "projects[0].role", "invalid_value"),
+    ("/invites", {"email": "a@b.c", "role": "reader", "projects": [{"id": "{home}", "role": "member"},
+     {"id": "{home}", "role": "owner"}]}, "projects[1].id", "invalid_value"),
     ("/roles", {"role_name": "a", "permissions": ["api.everything"]}, "permissions", "invalid_value"),
     ("/admin_api_keys", {"name": "a", "expires_in_seconds": 0}, "expires_in_seconds", "integer_below_min_value"),
     ("/admin_api_keys", {"name": "a", "owner_id": "user-nobody"}, "owner_id", "invalid_value"),
@@ -707,8 +723,14 @@ WRONG: tuple[tuple[str, Any, str | None, str | None], ...] = (
 
 @pytest.mark.parametrize(("path", "body", "param", "code"), WRONG)
 def test_what_is_wrong_with_a_body_is_said(
-    served: Served, path: str, body: Any, param: str | None, code: str | None
+    served: Served, organization: Any, path: str, body: Any, param: str | None, code: str | None
 ) -> None:
+    """{home} and {owner} are the ids of the first project and user."""
+    if "{" in path + (text := json.dumps(body)):
+        ids = {"{home}": organization.projects.list().data[0].id, "{owner}": organization.users.list().data[0].id}
+        for name, id in ids.items():
+            path, text = path.replace(name, id), text.replace(name, id)
+        body = json.loads(text)
     status, error = send(served, "POST", "/organization" + path, served.admin_key, body)
     assert (status, error["type"], error["param"], error["code"]) == (400, "invalid_request_error", param, code), error
 

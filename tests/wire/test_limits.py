@@ -7,6 +7,7 @@ import base64
 import http.server
 import json
 import re
+import shutil
 import threading
 import time
 import urllib.request
@@ -110,6 +111,13 @@ def test_an_administrator_s_limits_hold_at_once_and_come_off_at_once(served: Cal
     assert ask(it).headers["x-tertulia-observed"] == "tokens"
     assert metric(it, "tertulia_would_refuse_total", limit="tokens", project=id) == 1
     assert metric(it, "tertulia_refused_total", limit="requests", project=id) == 1
+    admin.rate_limits.update_rate_limit(
+        limit.id, project_id=id, max_requests_per_1_day=3, extra_body={"observe_only": ["max_tokens_per_1_minute"]}
+    )  # fmt: skip
+    assert ask(it).headers["x-tertulia-observed"] == "tokens"  # the third of the day: what was observed is not counted
+    error = refused(it, openai.RateLimitError)
+    assert "requests per day (RPD): Limit 3, Used 3" in str(error)
+    assert int(error.response.headers["retry-after"]) > 86_000 and error.response.headers["x-should-retry"] == "false"
 
 
 def test_spend_limits_of_project_and_organization(served: Callable[..., Served]) -> None:
@@ -228,36 +236,86 @@ class Receiver(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_spend_alert_reaches_the_webhook_once(served: Callable[..., Served]) -> None:
+@pytest.fixture
+def hook() -> Iterator[str]:
+    """The settings of somebody who is told, and puts it into GOT."""
+    GOT.clear()
     hook = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
     thread = threading.Thread(target=hook.serve_forever)
     thread.start()
-    settings = (
-        f'alert_webhook = "http://127.0.0.1:{hook.server_port}/alerts"\nalert_webhook_secret = "env:HOOK_SECRET"\n'
-    )  # fmt: skip
-    try:
-        for _ in range(2):  # and not again after a restart
-            it = served(settings, environment={"HOOK_SECRET": SECRET})
-            id, admin = project(it), administer(it).organization.projects
-            if not GOT:
-                mail: Any = {"type": "email", "recipients": ["ann@example.com"]}
-                admin.spend_alerts.create(
-                    id, threshold_amount=1, currency="USD", interval="month", notification_channel=mail
-                )  # fmt: skip
-            for _ in range(9):
-                ask(it)
-            until(lambda: GOT)
-            time.sleep(0.3)
-            it.stop()
-    finally:
-        hook.shutdown()
-        thread.join()
-        hook.server_close()
+    yield f'alert_webhook = "http://127.0.0.1:{hook.server_port}/alerts"\nalert_webhook_secret = "env:HOOK_SECRET"\n'
+    hook.shutdown()
+    thread.join()
+    hook.server_close()
+
+
+def alert(served: Served, cents: int) -> None:
+    """One of the project of its key."""
+    mail: Any = {"type": "email", "recipients": ["ann@example.com"]}
+    administer(served).organization.projects.spend_alerts.create(
+        project(served), threshold_amount=cents, currency="USD", interval="month", notification_channel=mail
+    )
+
+
+def test_a_spend_alert_reaches_the_webhook_once(served: Callable[..., Served], hook: str) -> None:
+    for _ in range(2):  # and not again after a restart
+        it = served(hook, environment={"HOOK_SECRET": SECRET})
+        id = project(it)
+        if not GOT:
+            alert(it, 1)
+        for _ in range(9):
+            ask(it)
+        until(lambda: GOT)
+        time.sleep(0.3)
+        it.stop()
     ((headers, body),) = GOT
     openai.OpenAI(api_key="x", webhook_secret=SECRET).webhooks.verify_signature(body, headers)
     said = json.loads(body)
     assert said["type"] == "project.spend_alert.crossed" and said["data"]["project_id"] == id
     assert said["data"]["threshold_amount"] == 1 <= said["data"]["spent_amount"] < 2
+
+
+def test_money_is_counted_and_told_over_all_gateways_of_a_database(
+    tmp_path: Path, database: str, upstream: mock_upstream.Mock, hook: str
+) -> None:
+    """A request costs an eighth of a cent: neither has spent the 3 cents, nor the 2 of the alert, but both together."""
+    more = f'spend_limit = 0.03\nfold_seconds = 0.2\ndatabase = "{database}"\n' + hook
+    config, started = more + CONFIG.format(url=upstream.base_url), list[Served]()
+    try:
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+            if started:
+                shutil.copy(tmp_path / "one" / "secret", tmp_path / name / "secret")
+            models = ("--chat-model", "mock", "--embedding-model", "mock-embedding")
+            started.append(serve(tmp_path / name, config, *models, environment={"HOOK_SECRET": SECRET}))
+        one, two = started
+        id = project(one)
+        assert project(two) == id
+        alert(one, 2)
+        for _ in range(10):
+            ask(one)
+        until(lambda: metric(two, "tertulia_spent_dollars", of=id) == pytest.approx(0.0125))
+        for _ in range(7):
+            ask(two)
+        until(lambda: GOT)
+        until(lambda: metric(one, "tertulia_spent_dollars", of=id) == pytest.approx(0.02125))
+        answered = 17
+        with pytest.raises(openai.RateLimitError) as error:
+            while answered < 25:
+                ask(two)
+                answered += 1
+        assert error.value.code == "insufficient_quota" and 21 <= answered <= 24
+        spent = pytest.approx(answered * 0.00125)
+        until(lambda: metric(one, "tertulia_spent_dollars", of=id) == spent)
+        refused(one, openai.RateLimitError)
+        time.sleep(0.5)  # some more folds: nothing is counted twice, and nobody is told again
+        for each in started:
+            assert metric(each, "tertulia_spent_dollars", of=id) == spent
+            assert metric(each, "tertulia_reserved_dollars", of=id) == 0
+        assert len(GOT) == 1 and json.loads(GOT[0][1])["data"]["threshold_amount"] == 2
+    finally:
+        for each in started:
+            each.stop()
 
 
 @pytest.mark.parametrize(

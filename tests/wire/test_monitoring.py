@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -139,3 +140,43 @@ def test_a_rotated_log_goes_on_in_a_new_file(served: Served) -> None:
     served.stop()
     assert len((served.data / "access.log.1").read_text().splitlines()) == 1
     assert len(path.read_text().splitlines()) == 1 and path.stat().st_mode & 0o777 == 0o600
+
+
+def figures(served: Served, key: str | None = None) -> int:
+    """The status of /metrics."""
+    request = urllib.request.Request(
+        f"{served.root}/metrics", headers={"authorization": f"Bearer {key}"} if key else {}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            assert b"tertulia_calls_in_flight" in answer.read()
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        assert json.load(error)["error"].keys() == {"message", "type", "param", "code"}
+        return error.code
+
+
+def test_who_can_be_reached_from_elsewhere_shows_figures_to_those_who_may_see_them(tmp_path: Path) -> None:
+    models = ("--chat-model", "mock", "--embedding-model", "mock-embedding")
+    served = serve(tmp_path, "", *models, "--host", "0.0.0.0")
+    try:
+        assert [figures(served, key) for key in (None, "sk-nobody", served.api_key)] == [401, 401, 403]
+        assert figures(served, served.admin_key) == 200
+        organization = served.client(admin_api_key=served.admin_key).admin.organization
+        assert organization.projects.list().data
+        for path in ("/healthz", "/readyz"):
+            with urllib.request.urlopen(served.root + path, timeout=10) as answer:
+                assert answer.status == 200
+    finally:
+        served.stop()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(("--host", "0.0.0.0", "--metrics-open"), 200), (("--no-metrics-open",), 401)]
+)
+def test_the_setting_has_the_last_word_on_figures(tmp_path: Path, arguments: tuple[str, ...], status: int) -> None:
+    served = serve(tmp_path, "", "--chat-model", "mock", "--embedding-model", "mock-embedding", *arguments)
+    try:
+        assert figures(served) == status and figures(served, served.admin_key) == 200
+    finally:
+        served.stop()

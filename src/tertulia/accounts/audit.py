@@ -4,16 +4,22 @@ shown as OpenAI's API shows it.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from sqlalchemy import ColumnElement, Connection, Row, and_, or_, select
 
 from ..core import Principal
 from ..store.schema import audit_logs
+from .fold import DAY, sweep
 from .records import Record, no_cursor
+
+if TYPE_CHECKING:
+    from ..store.database import Database
 
 LONGEST = 256  # characters kept of what a caller says of itself
 
@@ -54,6 +60,12 @@ def itself(what: str) -> Actor:
 def printable(text: str) -> str:
     """One line without control characters, and not too long."""
     return "".join(c if c.isprintable() else " " for c in text[:LONGEST])
+
+
+def prune(database: Database, days: int, stop: threading.Event) -> None:
+    """Deletes the entries that are older than so many days, if it is any. Raises what the database raises."""
+    if days:
+        sweep(database, audit_logs.c.id, audit_logs.c.at, int(time.time()) - days * DAY, stop)
 
 
 class AuditLog:

@@ -4,12 +4,13 @@ that revision, and tells the audit log. The counter's row lock makes changes of 
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import nullcontext
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Engine, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ..errors import Conflict, NotFound
@@ -18,6 +19,8 @@ from .audit import Actor
 from .records import Record, Records, absent, new_id
 
 KEEP: Any = object()  # leave it as it is
+FORGOTTEN_SECONDS = 30 * 86400  # for which the row of what was deleted stays, so that every process learns of it
+AT_ONCE = 1000  # rows
 
 
 class Change:
@@ -90,6 +93,42 @@ class Change:
             if rows:
                 self.connection.execute(insert(table), rows)
                 rows.clear()
+
+
+def forget(database: Engine, stop: threading.Event) -> None:
+    """Removes the rows of records that were deleted long ago. The counter `forgotten` says up to which revision some
+    are gone: who has seen less than that reads all that there is. Raises what the database raises."""
+    before = int(time.time()) - FORGOTTEN_SECONDS
+    old = select(records.c.id, records.c.revision).where(records.c.deleted_at < before)
+    while not stop.is_set():
+        with database.connect() as connection:
+            gone = connection.execute(old.limit(AT_ONCE)).all()
+        if not gone:
+            return
+        with database.begin() as connection:
+            lock_counter(connection)
+            connection.execute(delete(records).where(records.c.id.in_([row.id for row in gone])))
+            _raise_forgotten(connection, max(row.revision for row in gone))
+        stop.wait(0.05)  # others want to write, too
+
+
+def forgotten(connection: Connection) -> int:
+    """The highest revision of which rows are gone; -1 if none are."""
+    found = connection.scalar(select(counters.c.value).where(counters.c.name == "forgotten"))
+    return -1 if found is None else int(found)
+
+
+def _raise_forgotten(connection: Connection, revision: int) -> None:
+    before = forgotten(connection)
+    if before < 0:
+        connection.execute(insert(counters).values(name="forgotten", value=revision))
+    elif before < revision:
+        connection.execute(update(counters).where(counters.c.name == "forgotten").values(value=revision))
+
+
+def lock_counter(connection: Connection) -> None:
+    """Until the end of the transaction nobody else changes anything; the revision stays."""
+    connection.execute(update(counters).where(counters.c.name == "directory").values(value=counters.c.value))
 
 
 def raise_counter(connection: Connection) -> int:

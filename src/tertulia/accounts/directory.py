@@ -26,7 +26,7 @@ from ..store.database import reason
 from ..store.schema import api_keys, counters, facts, organizations, records
 from . import keys
 from .audit import Actor, AuditLog, itself
-from .change import KEEP, Change
+from .change import KEEP, Change, forgotten
 from .keys import KEY_LIMIT, checked, mask
 from .memory import KINDS, KeyRow, Memory
 from .projects import Organization, Project
@@ -153,6 +153,11 @@ class Directory:
         found, who = self._memory.keys.get(hash, NOBODY)
         return who if hmac.compare_digest(found, hash) else None
 
+    def id_of(self, key: str) -> str | None:
+        """The id of a key that is known, whether it would be let in or not."""
+        who = self._find(key.encode())
+        return who.key_id if who is not None else None
+
     def _refusal(self, key: bytes) -> TertuliaError:
         shown, hash = mask(key[: KEY_LIMIT + 1].decode("latin-1")), keys.digest(key[: KEY_LIMIT + 1], self._pepper)
         gone = "expired" if hash in self._memory.keys else self._memory.gone.get(hash)
@@ -210,6 +215,8 @@ class Directory:
                 since = -1 if whole else self._seen
                 organization = connection.execute(select(organizations)).first()
                 found, rows = read_records(connection, since), read_keys(connection, since)
+                if not whole and forgotten(connection) > since:  # of what was deleted since, rows are gone already
+                    whole, found, rows = True, read_records(connection, -1), read_keys(connection, -1)
         self._reached = time.monotonic()
         if revision == self._seen:
             return False

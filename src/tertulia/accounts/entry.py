@@ -81,7 +81,6 @@ class Named(msgspec.Struct, gc=False):
 
 
 INTERRUPTED = "interrupted"  # the outcome of an attempt whose process was killed
-OPEN = b'{"open":'  # how the line of an intent begins
 line_of = msgspec.json.Encoder().encode
 read_intent = msgspec.json.Decoder(Intent).decode
 read_name = msgspec.json.Decoder(Named).decode
@@ -90,7 +89,7 @@ _read_any = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 def read_line(line: bytes) -> Entry:
-    """The entry of a line that is no intent. Raises msgspec.MsgspecError or UnicodeDecodeError for a damaged one."""
+    """The entry of a line. Raises msgspec.MsgspecError or UnicodeDecodeError for a damaged one."""
     try:
         return _read(line)
     except msgspec.ValidationError:

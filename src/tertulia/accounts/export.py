@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import msgspec
 from sqlalchemy import BigInteger, Connection, cast, func, select
 
-from ..errors import SettingsError
+from ..errors import BadRequest, NotFound, SettingsError
 from ..store.database import Database
 from ..store.journal import PLACE, batches, segments
 from ..store.schema import ledger, usage_days, usage_hours, writers
-from .entry import OPEN, read_intent, read_name
+from ..store.slots import standing
+from .entry import read_name
 from .fold import DAY, FIGURES, HOUR, LEDGER, read_rows
+from .records import Records, chosen, reading
 
 COLUMNS = LEDGER[1:]  # the id is the database's own business
 NUMBERS = frozenset(column.name for column in ledger.columns if column.type.python_type is int)
@@ -62,6 +64,20 @@ def rows(database: Database, data: Path, part: Part) -> Iterator[list[Row]]:
             yield [row[1:] for row in found]
     if tail:
         yield tail
+
+
+def project_of(database: Database, text: str) -> str:
+    """The id of the project of that id or name. Raises SettingsError if there is none, and Unavailable."""
+    with reading(database) as connection:
+        used = connection.scalar(select(usage_days.c.project_id).where(usage_days.c.project_id == text).limit(1))
+        if used is not None:  # whatever has become of it
+            return text
+    projects = Records(lambda: reading(database)).all("project")
+    known = [(one.id, str(one.body.get("name")), one.body.get("archived_at") is None) for one in projects]
+    try:
+        return chosen(text, known)
+    except (NotFound, BadRequest) as error:
+        raise SettingsError(f"--project: {error.message}") from None
 
 
 @contextlib.contextmanager
@@ -202,21 +218,15 @@ def _check_sums(connection: Connection, begin: int) -> list[str]:
 
 def _check_journal(path: Path, tell: Callable[[str], None]) -> list[str]:
     entries, wrong = 0, []
-    intents: set[tuple[str, int]] = set()
     for position, lines, _ in batches(path):
         for line in lines:
             try:
-                if line.startswith(OPEN):
-                    intent = read_intent(line)
-                    intents.add((intent.open, intent.attempt))
-                else:
-                    named = read_name(line)
-                    intents.discard((named.id, named.attempt))
-                    entries += 1
+                read_name(line)
+                entries += 1
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 wrong.append(f"journal: segment {position >> PLACE} has a damaged line")
     kept = segments(path)
     tell(f"journal: {entries} entries in {len(kept)} segments")
-    if intents:
+    if intents := standing(path / "intents"):
         tell(f"journal: {len(intents)} attempts are under way, or were when the server was killed")
     return wrong

@@ -1,12 +1,14 @@
 """What was used and what it cost: one entry per attempt at a call, appended to a journal before the answer's last byte
-leaves. An intent stands before it, written before the attempt's first byte left: at start an intent without its entry,
-of a process that was killed, becomes one. From the journal the entries are folded into the database (fold).
+leaves. While an attempt is under way its intent stands beside the journal, from before its first byte left: at start an
+intent without its entry, of a process that was killed, becomes one. From the journal the entries are folded into the
+database (fold).
 
 This module is on the way of every call: what is slow or needs the database is in fold.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -17,15 +19,18 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..store.journal import PLACE, Journal, batches, remove, segments
-from .entry import OPEN, Entry, Intent, line_of, read_intent, read_line, read_name
+from ..store.journal import PLACE as POSITION
+from ..store.journal import Journal, batches, remove, segments
+from ..store.slots import PLACE, Slots
+from .entry import Entry, Intent, line_of, read_intent, read_line, read_name
 from .fold import Admitted, Fold, month_of
 
 if TYPE_CHECKING:
     from ..store.database import Database
 
 log = logging.getLogger("tertulia.accounts")
-SEVERAL_MINUTES = 600.0
+ENTRY = 1024  # bytes of an entry, about
+NAME = 32  # letters of a name in an intent that would be too long: each may take six bytes
 
 
 class Ledger:
@@ -38,9 +43,8 @@ class Ledger:
         """Opens the journal in data and accounts for what a killed process had under way. Without a database nothing is
         folded; with one, nothing before start(). Raises OSError."""
         self._journal = Journal(data / "ledger", flush_seconds)
-        self._segment = self._journal.segment
-        self._open: set[str] = set()  # attempts without an entry whose intents are in the newest segment
-        self._older: list[tuple[int, set[str]]] = []  # the same of older segments that had some when they were full
+        self._intents = self._journal.beside = Slots(data / "ledger" / "intents")
+        self._under_way = 0  # attempts with an intent
         self.interrupted = self._recover()
         if self._journal.stopped is not None:
             log.warning(
@@ -59,74 +63,63 @@ class Ledger:
     def intend(
         self, id: str, attempt: int, key: str, project: str, task: str, asked: str, model: str, target: str,
         prompt_tokens: int, hold: int, output_tokens: int = 0,
-    ) -> None:  # fmt: skip
-        """An attempt is about to leave. Raises OSError when that cannot be written; then it must not."""
+    ) -> int:  # fmt: skip
+        """An attempt is about to leave; returns where its intent stands, until append is told. Raises OSError when that
+        cannot be written; then it must not."""
         intent = Intent(
             id, attempt, time.time(), key, project, task, asked, model, target, prompt_tokens, hold, output_tokens
         )
-        segment = self._journal.append(line_of(intent))
-        if segment != self._segment:
-            self._turn(segment)
-        self._open.add(id if attempt == 1 else f"{id}/{attempt}")
+        line: bytes = line_of(intent)
+        if len(line) >= PLACE:  # its names are too long; what they begin with is enough here
+            line = line_of(
+                msgspec.structs.replace(intent, asked=asked[:NAME], model=model[:NAME], target=target[:NAME])
+            )
+        self._journal.promise((self._under_way + 1) * ENTRY)  # or nobody could account for its end
+        at: int = self._intents.put(line)
+        self._under_way += 1
+        return at
 
-    def append(self, entry: Entry) -> bytes:
-        """Returns the line that was written. Raises OSError."""
+    def append(self, entry: Entry, intent: int = -1) -> bytes:
+        """Returns the line that was written. intent: where that of its attempt stands; it is over. Raises OSError."""
         line: bytes = line_of(entry)
         self._journal.append(line)
-        attempt: int = entry.attempt
-        if attempt:
-            id: str = entry.id
-            name = id if attempt == 1 else f"{id}/{attempt}"
-            if name in self._open:
-                self._open.remove(name)
-            elif self._older:
-                self._settle_older(name)
+        if intent >= 0:
+            self._intents.free(intent)
+            self._under_way -= 1
         return line
-
-    def _turn(self, segment: int) -> None:
-        """The journal has begun a new segment."""
-        if self._open:
-            self._older.append((self._segment, self._open))
-            self._open = set()
-        self._segment = segment
-
-    def _settle_older(self, name: str) -> None:
-        for at, (_, names) in enumerate(self._older):
-            if name in names:
-                names.remove(name)
-                if not names:
-                    del self._older[at]
-                return
 
     def _recover(self) -> int:
         """Makes entries of the intents that have none; how many. Killed on the way, it is done again for the rest."""
         intents: dict[tuple[str, int], Intent] = {}
-        for _, lines, _ in batches(self._journal.path):
-            for line in lines:
-                try:
-                    if line.startswith(OPEN):
-                        intent = read_intent(line)
-                        intents[intent.open, intent.attempt] = intent
-                    else:
+        for line in self._intents.left:
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):  # cut short, and so nothing had left
+                intent = read_intent(line)
+                intents[intent.open, intent.attempt] = intent
+        if intents:  # who is killed between the two has written an entry of one that still stands
+            for _, lines, _ in batches(self._journal.path):
+                for line in lines:
+                    try:
                         named = read_name(line)
-                        intents.pop((named.id, named.attempt), None)
-                except (msgspec.MsgspecError, UnicodeDecodeError):
-                    continue  # torn by a crash or a full disk; told when it is folded
+                    except (msgspec.MsgspecError, UnicodeDecodeError):
+                        continue  # torn by a crash or a full disk; told when it is folded
+                    intents.pop((named.id, named.attempt), None)
         for intent in intents.values():
             self._journal.append(line_of(intent.interrupted()))
         if intents:
+            self._journal.flush()
             log.warning(
                 "%d attempts had no end when the last process ended: they are charged what was reserved", len(intents)
             )
+        if self._intents.left:
+            self._intents.clear()
         return len(intents)
 
     def _tidy(self, position: int) -> None:
-        """Removes the oldest segments of which all is in the database before position and no attempt is under way."""
-        held = self._segment  # read before _older, which the loop's thread changes first
-        held = min((number for number, _ in self._older.copy()), default=held)
+        """Removes the segments of which all is in the database before position. What stands of intents on disk is newer
+        than they are: the journal was flushed before it was folded."""
         for number in segments(self._journal.path):
-            if number >= held or number >= position >> PLACE:
-                return  # strictly the oldest first: no intent is left behind whose entry was in a later one
+            if number >= position >> POSITION:
+                return
             remove(self._journal.path, number)
 
     def spent(self) -> dict[str, int]:
@@ -142,12 +135,12 @@ class Ledger:
         return spent
 
     def admitted(self, seconds: float) -> list[Admitted]:
-        """What was admitted in the last so many seconds, oldest first: for limits that count over a restart. Over more
-        than some minutes, what is in the database is told by the quarter of an hour."""
+        """What was admitted in the last so many seconds, oldest first: for limits that count over a restart. What is in
+        the database is told by the second, and before the last minute by the quarter of an hour."""
         position, now = 0, time.time()
         found: list[Admitted] = []
         if self.fold is not None:
-            position, found = self.fold.admitted(now - seconds, seconds > SEVERAL_MINUTES)
+            position, found = self.fold.admitted(now, seconds)
         for entry in self._entries(position):
             began = entry.at - entry.ms / 1000
             if began > now - seconds:
@@ -162,11 +155,10 @@ class Ledger:
     def _entries(self, position: int) -> Iterator[Entry]:
         for _, lines, _ in batches(self._journal.path, position, self._journal.end):
             for line in lines:
-                if not line.startswith(OPEN):
-                    try:
-                        yield read_line(line)
-                    except (msgspec.MsgspecError, UnicodeDecodeError):
-                        continue  # broken lines must not keep the server from starting
+                try:
+                    yield read_line(line)
+                except (msgspec.MsgspecError, UnicodeDecodeError):
+                    continue  # broken lines must not keep the server from starting
 
     def catch_up(self) -> None:
         """Folds all there is at this moment. Raises what the database raises (store.database.FAILURES), or OSError."""

@@ -12,6 +12,9 @@ arithmetic in memory; the clock is given, so that it can be tested.
               come. A key has one place for each order of magnitude of its requests, and goes to the end of the line
               once it had its turn. So small requests do not use up, crumb by crumb, what a large one waits for.
 
+    observed  a limit that only observes refuses nothing, and says what it would have refused. That counts in the limits
+              that are enforced, as it must, and not in those that observe: what they say is what enforcing would bring.
+
 It does not know what a request is, who sends it, or what it costs.
 """
 
@@ -27,13 +30,15 @@ GRAIN: Final = 1.0  # seconds that are counted together
 DAY_GRAIN: Final = 900.0
 NO_LIMIT: Final = 2**62
 GRACE: Final = 2.5  # seconds a place is kept after its turn: who comes back needs a moment
-PATIENCE: Final = 120.0  # seconds; the SDK does not wait longer, so there is no place for who would have to
+PATIENCE: Final = 60.0  # seconds; the SDK does not wait longer, so there is no place for who would have to
 MOST_PLACES: Final = 64
 A_MOMENT: Final = 1.0  # seconds to wait for a request to end, when nobody can know
 REQUESTS: Final = "requests"  # the limits by name, as metrics and ledger have them
 TOKENS: Final = "tokens"
 DAILY: Final = "requests_per_day"
 CONCURRENT: Final = "concurrent_requests"
+KINDS: Final = frozenset((REQUESTS, TOKENS, DAILY, CONCURRENT))
+NONE: Final[frozenset[str]] = frozenset()
 
 
 class Bucket:
@@ -65,12 +70,13 @@ class Bucket:
 class Slot:
     """What was admitted together: from first to last, in seconds of the clock."""
 
-    __slots__ = ("allowance", "first", "last", "live", "requests", "shares", "tokens")
+    __slots__ = ("allowance", "first", "last", "live", "passed", "passed_tokens", "requests", "shares", "tokens")
 
     def __init__(self, allowance: Allowance, first: float, last: float) -> None:
         self.allowance = allowance  # whose it is
         self.first, self.last = first, last
         self.requests = self.tokens = 0
+        self.passed = self.passed_tokens = 0  # of these, what a limit that only observes would have refused
         self.live = True  # still within the minute
         self.shares: dict[str, Share] | None = None  # by key, of what was looked at closely
 
@@ -94,12 +100,13 @@ class Place:
 
 
 class Refusal:
-    """Which limit is in the way, and what to tell whoever asked."""
+    """Which limit is in the way, and what to tell whoever asked; observed: it is not enforced, nor is any other that
+    would be in the way."""
 
-    __slots__ = ("error", "kind")
+    __slots__ = ("error", "kind", "observed")
 
-    def __init__(self, kind: str, error: RateLimited) -> None:
-        self.kind, self.error = kind, error
+    def __init__(self, kind: str, error: RateLimited, observed: bool) -> None:
+        self.kind, self.error, self.observed = kind, error, observed
 
 
 class Allowance:
@@ -107,8 +114,9 @@ class Allowance:
 
     __slots__ = (
         "_form", "_fresh", "_kept", "_kept_at", "concurrent", "daily", "day", "day_requests", "in_flight", "model",
-        "observe_only", "organization", "places", "requests", "requests_limit", "reserved", "shares", "slot", "slots",
-        "soft_requests", "soft_tokens", "tokens", "tokens_limit",
+        "observe_only", "observed", "organization", "passed", "passed_day", "passed_in_flight", "passed_tokens",
+        "places", "requests", "requests_limit", "reserved", "shares", "slot", "slots", "soft_requests", "soft_tokens",
+        "tokens", "tokens_limit",
     )  # fmt: skip
 
     def __init__(self, organization: str, model: str, now: float) -> None:
@@ -123,14 +131,15 @@ class Allowance:
         self.in_flight = self.reserved = 0  # calls that have not ended, and the tokens they have reserved
         self.day: list[Slot] = []  # of the last day, but for the last minute
         self.day_requests = 0
+        self.passed = self.passed_tokens = self.passed_day = self.passed_in_flight = 0  # as in a slot, of each of these
         self.limit(NO_LIMIT, NO_LIMIT, NO_LIMIT, NO_LIMIT)
 
     def limit(
-        self, requests: int, tokens: int, daily: int, concurrent: int, observe_only: bool = False
+        self, requests: int, tokens: int, daily: int, concurrent: int, observed: frozenset[str] = NONE
     ) -> None:  # fmt: skip
-        """Sets the limits; what is counted stays. observe_only is for whoever asks: nothing changes here."""
+        """Sets the limits; what is counted stays. observed: the kinds that are not enforced."""
         self.requests_limit, self.tokens_limit, self.daily, self.concurrent = requests, tokens, daily, concurrent
-        self.observe_only = observe_only
+        self.observed, self.observe_only = observed, observed >= KINDS
         self._soften()
         self._form = (
             b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-limit-tokens: %d\r\n"
@@ -182,36 +191,65 @@ class Allowance:
             share.tokens += tokens
         return slot
 
-    def refusal(self, tokens: int, now: float, key: str, *, wait: bool = True) -> Refusal | None:
-        """What is in the way of one request with so many tokens by that key, looked at closely. wait: whoever is
-        refused gets a place in line. Who is not refused has had his turn."""
+    def pass_by(self, slot: Slot, tokens: int) -> None:
+        """What has just been forced would have been refused by a limit that only observes."""
+        self.passed += 1
+        self.passed_tokens += tokens
+        self.passed_in_flight += 1
+        slot.passed += 1
+        slot.passed_tokens += tokens
+
+    def settle_passed(self, slot: Slot, reserved: int, tokens: int) -> None:
+        """The same as settle, besides it, for what was passed by."""
+        self.passed_in_flight -= 1
+        slot.passed_tokens += tokens - reserved
+        if slot.live:
+            self.passed_tokens += tokens - reserved
+
+    def refusal(self, tokens: int, now: float, key: str) -> Refusal | None:
+        """What is in the way of one request with so many tokens by that key, looked at closely: first of all what is
+        enforced. Whoever is refused gets a place in line, and who is not has had his turn."""
         slot = self.turn(now)
         for share in self._shares(slot, key):
             share.asked += 1
             share.asked_tokens += tokens
         place = (key, tokens.bit_length() // 3)
-        kind, seconds, used, limit, wanted = self._near(tokens, now, place)
-        if not kind:
+        near = self._near(tokens, now, place)
+        enforced = [one for one in near if one[0] not in self.observed]
+        if not enforced:
             self.places.pop(place, None)
             self._soften()
-            return None
+            if not near:
+                return None
+        kind, seconds, used, limit, wanted = max(enforced or near, key=lambda one: one[1])
         error = self._error(kind, seconds, used, limit, wanted)
-        if wait and error.retry is not False and seconds <= PATIENCE:
+        if enforced and error.retry is not False:
             waiting = self.places.get(place)
             if waiting is not None:
                 waiting.until, waiting.expires = now + seconds, now + seconds + GRACE
             elif len(self.places) < MOST_PLACES:
                 self.places[place] = Place(kind, tokens, now + seconds)
         self._soften()
-        return Refusal(kind, error)
+        return Refusal(kind, error, not enforced)
 
     def fits(self, tokens: int, now: float) -> bool:
         """Whether so many tokens could be taken at all, as far as the minute's tokens go."""
         self.turn(now)
-        return self.tokens + tokens <= self.tokens_limit
+        return tokens <= self.tokens_left()
 
-    def _near(self, tokens: int, now: float, place: tuple[str, int]) -> tuple[str, float, int, int, int]:
-        """(the limit in the way or "", seconds until it is not, used, limit, wanted)."""
+    def tokens_left(self) -> int:
+        """Of this minute; less than none if more were used than reserved."""
+        return self.tokens_limit - self.tokens + (self.passed_tokens if TOKENS in self.observed else 0)
+
+    def _requests_left(self) -> int:
+        return self.requests_limit - self.requests + (self.passed if REQUESTS in self.observed else 0)
+
+    def _near(self, tokens: int, now: float, place: tuple[str, int]) -> list[tuple[str, float, int, int, int]]:
+        """Each limit in the way, seconds until it is not, what is used, the limit, what is wanted."""
+        seen = self.observed
+        requests, total = self.requests_limit - self._requests_left(), self.tokens_limit - self.tokens_left()
+        day = self.day_requests + self.requests - (self.passed_day + self.passed if DAILY in seen else 0)
+        in_flight = self.in_flight - (self.passed_in_flight if CONCURRENT in seen else 0)
         before = self._before(place, now)
         count, ahead, held = 0, 0, 0
         turn = now
@@ -228,32 +266,32 @@ class Allowance:
         others = others_tokens = 0
         if mine is None or before or mine.until > now:  # who has waited for his turn has it, whatever his share
             others, others_tokens = self._others(place[0], tokens, now)
-        found = [("", 0.0, 0, 0, 0)]
-        taken = self.requests - leaving + count  # when the first in line has his turn, with those in front
+        found: list[tuple[str, float, int, int, int]] = []
+        taken = requests - leaving + count  # when the first in line has his turn, with those in front
         kept = max(count, others) if before or others else 0
         if (
-            self.requests >= self.requests_limit or (before and taken >= self.requests_limit)
-            or (others and self.requests + others >= self.requests_limit)
+            requests >= self.requests_limit or (before and taken >= self.requests_limit)
+            or (others and requests + others >= self.requests_limit)
         ):  # fmt: skip
-            used = self.requests + kept
+            used = requests + kept
             found.append(
                 (REQUESTS, self._until(used + 1 - self.requests_limit, now, True), used, self.requests_limit, 1)
             )
-        if self.day_requests + self.requests >= self.daily:
-            found.append((DAILY, self._day_until(now), self.day_requests + self.requests, self.daily, 1))
-        booked = self.tokens - given + ahead + tokens
+        if day >= self.daily:
+            found.append((DAILY, self._day_until(now), day, self.daily, 1))
+        booked = total - given + ahead + tokens
         if (
-            self.tokens + tokens > self.tokens_limit or (before and booked > self.tokens_limit)
-            or (others_tokens and self.tokens + tokens + others_tokens > self.tokens_limit)
+            total + tokens > self.tokens_limit or (before and booked > self.tokens_limit)
+            or (others_tokens and total + tokens + others_tokens > self.tokens_limit)
         ):  # fmt: skip
-            used = self.tokens + max(ahead, others_tokens)
+            used = total + max(ahead, others_tokens)
             wait = self._until(used + tokens - self.tokens_limit, now, False)
             if used + tokens - self.reserved <= self.tokens_limit and wait > A_MOMENT:
                 wait = A_MOMENT  # calls under way have reserved more than most of them will use
             found.append((TOKENS, wait, used, self.tokens_limit, tokens))
-        if self.in_flight + held >= self.concurrent:
-            found.append((CONCURRENT, A_MOMENT, self.in_flight + held, self.concurrent, 1))
-        return max(found, key=lambda near: near[1])
+        if in_flight + held >= self.concurrent:
+            found.append((CONCURRENT, A_MOMENT, in_flight + held, self.concurrent, 1))
+        return found
 
     def _shares(self, slot: Slot, key: str) -> tuple[Share, Share]:
         """What is noted of the key, in the slot and in all."""
@@ -336,6 +374,8 @@ class Allowance:
             slot.live = False
             self.requests -= slot.requests
             self.tokens -= slot.tokens
+            self.passed -= slot.passed
+            self.passed_tokens -= slot.passed_tokens
             if slot.requests:
                 self._remember(slot)
             if slot.shares is not None:
@@ -367,17 +407,22 @@ class Allowance:
 
     def _remember(self, slot: Slot) -> None:
         self.day_requests += slot.requests
+        self.passed_day += slot.passed
         if self.day and slot.last - self.day[-1].first < DAY_GRAIN:
-            self.day[-1].requests += slot.requests
-            self.day[-1].last = slot.last
+            kept = self.day[-1]
+            kept.requests += slot.requests
+            kept.passed += slot.passed
+            kept.last = slot.last
             return
         kept = Slot(self, slot.first, slot.last)
-        kept.requests = slot.requests
+        kept.requests, kept.passed = slot.requests, slot.passed
         self.day.append(kept)
 
     def _forget(self, now: float) -> None:
         while self.day and self.day[0].last + DAY <= now:
-            self.day_requests -= self.day.pop(0).requests
+            gone = self.day.pop(0)
+            self.day_requests -= gone.requests
+            self.passed_day -= gone.passed
         self._soften()
 
     def recall(self, age: float, requests: int, tokens: int, now: float) -> None:
@@ -419,7 +464,7 @@ class Allowance:
 
     def headers(self, now: float) -> bytes:
         """Lines that say where the project stands."""
-        requests, tokens = self.requests_limit - self.requests, self.tokens_limit - self.tokens
+        requests, tokens = self._requests_left(), self.tokens_left()
         left = self.slot.last + MINUTE - now if self.requests else 0.0
         reset = duration(left if left > 0 else 0.0).encode()
         return self._form % (requests if requests > 0 else 0, tokens if tokens > 0 else 0, reset, reset)
@@ -442,12 +487,15 @@ class Allowance:
                 refusal = RateLimited(f"Rate limit reached for {where}, Used {used}, Requested {wanted}.", type=type)
             refusal.retry = False
             return refusal
-        return RateLimited(
+        refusal = RateLimited(
             f"Rate limit reached for {where}, Used {used}, Requested {wanted}. Please try again in "
             f"{duration(seconds)}. Visit https://platform.openai.com/account/rate-limits to learn more.",
             type=type,
             retry_after=seconds,
         )
+        if seconds > PATIENCE:  # the SDK would take its own pauses instead, and try in vain
+            refusal.retry = False
+        return refusal
 
 
 def _unused(share: Share, requests: int, tokens: int, waits: bool) -> tuple[int, int]:

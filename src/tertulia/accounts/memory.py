@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from ..core import Principal
-from .projects import ModelPermissions, Organization, Project, RateLimit, SpendLimit
+from .projects import FIELDS, ModelPermissions, Organization, Project, RateLimit, SpendLimit
 from .records import Record
 from .roles import KINDS as ROLE_KINDS
 from .roles import Roles
@@ -153,8 +153,13 @@ class Memory:
 def rate_limit_of(body: dict[str, Any]) -> RateLimit:
     return RateLimit(
         body.get("max_requests_per_1_minute"), body.get("max_tokens_per_1_minute"),
-        body.get("max_requests_per_1_day"), body.get("max_concurrent_requests"), bool(body.get("observe_only")),
+        body.get("max_requests_per_1_day"), body.get("max_concurrent_requests"), observed_of(body.get("observe_only")),
     )  # fmt: skip
+
+
+def observed_of(given: bool | list[str] | None) -> frozenset[str]:
+    """The kinds of limits that a record has observe only: all, none, or those of the fields that it names."""
+    return frozenset(FIELDS[name] for name in (given if isinstance(given, list) else FIELDS if given else ()))
 
 
 def spend_limit_of(body: dict[str, Any]) -> SpendLimit:

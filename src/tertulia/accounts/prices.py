@@ -82,24 +82,33 @@ class Prices:
         given: Mapping[str, Mapping[str, float]],
         upstreams: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
         shipped: Mapping[str, Price] | None = None,
+        theirs: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         """given: by model; upstreams: by upstream and model; US dollars per million tokens. shipped: of the package, if
-        others are wanted than its own. Raises SettingsError."""
+        others are wanted than its own. theirs: by upstream and our name for a model, its own name. Raises
+        SettingsError."""
         self._shipped = list_prices() if shipped is None else shipped
-        self._given = {model: self._read(price, model, f"prices.{model}") for model, price in given.items()}
+        self._given: dict[str, dict[str, int]] = {}
         self._far: dict[tuple[str, str], dict[str, int]] = {}
+        known = theirs or {}
+        for model, price in given.items():
+            own = [names[model] for names in known.values() if model in names]  # whoever answers
+            self._given[model] = self._read(price, model, own, f"prices.{model}")
         for name, models in (upstreams or {}).items():
             for model, price in models.items():
-                self._far[name, model] = self._read(price, model, f"upstreams.{name}.prices.{model}")
+                own = [known[name][model]] if model in known.get(name, {}) else []
+                self._far[name, model] = self._read(price, model, own, f"upstreams.{name}.prices.{model}")
         self._found: dict[tuple[str, str], Price | None] = {}
 
-    def _read(self, price: Mapping[str, float], model: str, where: str) -> dict[str, int]:
-        """What it says. Raises SettingsError, also if it does not say enough."""
+    def _read(self, price: Mapping[str, float], model: str, own: list[str], where: str) -> dict[str, int]:
+        """What it says of a model by our name; own: what it is called by those who have it. Raises SettingsError, also
+        if it does not say enough."""
         given = read_price(price, where)
-        if find_listed(self._shipped, model) is None:
-            for kind in ("input", "output"):
-                if kind not in given and not (kind == "output" and "embed" in model.lower()):  # which has no output
-                    raise SettingsError(f"{where}.{kind}: missing, and no list has that model; write 0 if it is free")
+        listed = [find_listed(self._shipped, name) is not None for name in own]
+        if find_listed(self._shipped, model) is None and not (listed and all(listed)):
+            kind = missing(given, [model, *own])
+            if kind:
+                raise SettingsError(f"{where}.{kind}: missing, and no list has that model; write 0 if it is free")
         return given
 
     def find(self, target: Target) -> Price | None:
@@ -114,16 +123,20 @@ class Prices:
     def _find(self, target: Target) -> Price | None:
         model: str = target.model
         name: str = target.engine.name
-        listed = None
+        listed, own = None, model
         if target.card.source.startswith("upstream:"):
             identity = getattr(target.engine, "theirs", None)
-            listed = find_listed(self._shipped, model if identity is None else identity(model))
+            own = model if identity is None else identity(model)
+            listed = find_listed(self._shipped, own)
         given = self._given.get(model)
         if given is None:
             given = self._far.get((name, model))
         if given is None:
             return listed if target.card.source.startswith("upstream:") else FREE
-        return complete(given, listed or find_listed(self._shipped, model), listed)
+        rest = listed or find_listed(self._shipped, model)
+        if rest is None and missing(given, [model, own]):  # of an upstream that had not said yet that it has the model
+            return None
+        return complete(given, rest, listed)
 
     def known(self, target: Target) -> Price | None:
         """What is listed of an upstream's model, whatever it costs here; None for a model of this machine."""
@@ -158,6 +171,15 @@ def read_price(price: Mapping[str, float], where: str) -> dict[str, int]:
             raise SettingsError(f"{where}.{name}: more than a dollar a token; prices are per million tokens")
         picos[name] = picos_of(value)
     return picos
+
+
+def missing(given: Mapping[str, int], names: Iterable[str]) -> str:
+    """What a price does not say of a model that no list has, if that is not free; names: what the model is called."""
+    embeds = any("embed" in name.lower() for name in names)  # which has no output
+    for kind in ("input",) if embeds else ("input", "output"):
+        if kind not in given:
+            return kind
+    return ""
 
 
 def complete(given: Mapping[str, int], rest: Price | None, same: Price | None = None) -> Price:

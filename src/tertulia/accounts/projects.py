@@ -6,15 +6,23 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from .limits import CONCURRENT, DAILY, NONE, REQUESTS, TOKENS
+
+# the fields of a rate limit's record, by which it can be said that some only observe, and the kinds they are of
+FIELDS = {
+    "max_requests_per_1_minute": REQUESTS, "max_tokens_per_1_minute": TOKENS, "max_requests_per_1_day": DAILY,
+    "max_concurrent_requests": CONCURRENT,
+}  # fmt: skip
+
 
 class RateLimit(NamedTuple):
-    """Of one project and model. None: the server's own setting."""
+    """Of one project and model. None: the server's own setting. observed: the kinds that refuse nothing."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     requests_per_day: int | None = None
     concurrent_requests: int | None = None
-    observe_only: bool = False
+    observed: frozenset[str] = NONE
 
 
 class SpendLimit(NamedTuple):

@@ -12,7 +12,7 @@
     role_assignment    user or group id      role/project    role_id, project_id (null: in the whole organization)
     rate_limit         project               model           max_requests_per_1_minute, max_tokens_per_1_minute,
                                                              max_requests_per_1_day, max_concurrent_requests,
-                                                             observe_only
+                                                             observe_only (true, false, or some of these names)
     spend_limit        organization/project  month           threshold_amount (cents), observe_only
     model_permissions  project               models          mode: allow_list or deny_list; model_ids
 
@@ -25,7 +25,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -176,6 +176,23 @@ def paged(
             query = query.where(or_(at > since, and_(at == since, id > after)))
     columns = (at.desc(), id.desc()) if order == "desc" else (at, id)
     return query.order_by(*columns).limit(size)
+
+
+def chosen(text: str, projects: Iterable[tuple[str, str, bool]]) -> str:
+    """The project that somebody means by its id or its name, of those that are given by id, name and whether they are
+    active; an active one comes before archived ones. Raises NotFound, or BadRequest if several have that name."""
+    named: dict[bool, list[str]] = {True: [], False: []}
+    for id, name, active in projects:
+        if id == text:
+            return id
+        if name == text:
+            named[active].append(id)
+    found = named[True] or named[False]
+    if not found:
+        raise NotFound(f"There is no project {text!r}; `tertulia keys projects list` shows them.")
+    if len(found) > 1:
+        raise BadRequest(f"Several projects are named {text!r}: give the id of one ({', '.join(found)}).")
+    return found[0]
 
 
 def absent(kind: str, id: str) -> NotFound:

@@ -4,6 +4,7 @@ path comes through Starlette here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 from starlette.applications import Starlette
@@ -15,7 +16,9 @@ from starlette.routing import BaseRoute, Route
 from ..accounts.directory import Directory
 from ..core import Task, retry_headers
 from ..errors import MethodNotAllowed, NotFound, TertuliaError
-from .edge import App, guarded
+from .edge import App, authorize, guarded, identify
+
+USAGE = "/v1/organization/usage"  # who may read that may read the figures, which name projects and what they spend
 
 
 def build(
@@ -24,8 +27,10 @@ def build(
     directory: Directory,
     states: Callable[[], dict[str, str]],
     metrics: Callable[[], bytes],
+    metrics_open: bool = True,
 ) -> App:
-    """The ASGI app. states() says of each default model ready, or why not; metrics() is Prometheus' text."""
+    """The ASGI app. states() says of each default model ready, or why not; metrics() is Prometheus' text, for everybody
+    or for who may read what was used."""
 
     async def healthz(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -38,6 +43,10 @@ def build(
         return JSONResponse({"status": status, "models": models}, 200 if fine else 503)
 
     async def show_metrics(request: Request) -> Response:
+        if not metrics_open:
+            who = identify(directory, request.scope["headers"])
+            who.used = int(time.time())
+            authorize(directory, who, "GET", USAGE)
         return PlainTextResponse(metrics(), media_type="text/plain; version=0.0.4")
 
     async def only_post(request: Request) -> Response:

@@ -33,6 +33,7 @@ _TYPE = re.compile(r"Expected `([^`]+)`, got `([^`]+)`")
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]+)`")
 _MISSING = re.compile(r"Object missing required field `([^`]+)`")
 _CHOICE = re.compile(r"Invalid enum value (.*)")
+_PATTERN = re.compile(r"Expected `str` matching regex ")
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
@@ -76,6 +77,8 @@ def explain(said: str, body: bytes, shape: Any) -> BadRequest:
         return _wrong_type(wrong[1], wrong[2], param)
     if _CHOICE.match(what):
         return not_a_choice(value, choices(shape, path), param)
+    if _PATTERN.match(what) and (told := _described(shape, path)):  # a regular expression says little to a caller
+        return BadRequest(f"Invalid '{param}': {told}.", param=param, code="invalid_value")
     return BadRequest(f"Invalid value for '{param}': {what}.", param=param, code="invalid_value")
 
 
@@ -220,6 +223,22 @@ def choices(shape: Any, path: Path) -> list[str]:
     for step in path:
         found = [inner for kind in found for inner in _inside(kind, step)]
     return [str(value) for kind in found for value in _literals(kind)]
+
+
+def _described(shape: Any, path: Path) -> str:
+    """The description among the annotations of the field at path: what its pattern means."""
+    found = [shape]
+    for step in path:
+        found = [inner for kind in found for inner in _inside(kind, step)]
+    while found:
+        kind = found.pop()
+        for meta in getattr(kind, "__metadata__", ()):
+            if meta.description:
+                return str(meta.description)
+        found += get_args(kind)[:1] if hasattr(kind, "__metadata__") else []
+        if get_origin(kind) in (Union, types.UnionType):
+            found += get_args(kind)
+    return ""
 
 
 def _parts(kind: Any) -> list[Any]:

@@ -23,15 +23,15 @@ NO_KEY = (
     "(i.e. Authorization: Bearer YOUR_KEY), or as the password field (with blank username) if you're accessing the "
     "API from your browser and are prompted for a username and password."
 )
-_prefix = secrets.token_hex(8)
-_counter = 0
+_prefix = "req_" + secrets.token_hex(8)
+_counter = 10**15  # 16 digits, as long as anybody counts
 
 
 def request_id() -> str:
     """req_ and 32 hex digits: unique in this process by a counter, between processes by a random prefix."""
     global _counter
     _counter += 1
-    return f"req_{_prefix}{_counter:016x}"
+    return _prefix + str(_counter)  # decimal digits are hex digits too, and cost a third
 
 
 def identify(directory: Directory, headers: Iterable[tuple[bytes, bytes]]) -> Principal:

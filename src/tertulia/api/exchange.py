@@ -15,14 +15,39 @@ from .. import direct
 from ..accounts import scopes
 from ..accounts.directory import Directory, check_kind
 from ..core import CLIENT_LEFT, FAILED, FINISHED, NO_WISHES, NOBODY, STOPPED, Call, Principal, Reply, Task
+from ..direct import OUTBOX
 from ..errors import BadRequest, TertuliaError, TooLarge
+from ..gateway.pipeline import Pipeline
 from ..gateway.shared import NOWHERE
+from ..turns import Turns
 from .edge import WISHES, identify, request_id, standard_headers, wishes
 
 IDLE: Final = "idle"  # what a connection is doing
 READING: Final = "reading"
 ANSWERING: Final = "answering"
 LEAVING: Final = "leaving"
+
+
+class Line:
+    """What each request on a connection looks at; the rest is its Protocol's. more: something is to be done when the
+    answer under way has ended, other than to wait for the next request; paused: the client reads more slowly than we
+    write."""
+
+    __slots__ = (
+        "directory", "file", "max_body", "more", "paused", "peer", "phase", "pipeline", "protocol", "since",
+        "transport", "turns",
+    )  # fmt: skip
+
+    def __init__(self, protocol: Any, pipeline: Pipeline, directory: Directory, turns: Turns, max_body: int) -> None:
+        """max_body in bytes."""
+        self.protocol, self.pipeline, self.directory = protocol, pipeline, directory
+        self.turns, self.max_body = turns, max_body
+        self.transport: Any = None
+        self.file = -1  # the socket's, where bytes can be written past the transport
+        self.peer = ""
+        self.phase = READING  # a new connection owes us a request
+        self.since = monotonic()  # when that began
+        self.more, self.paused = True, False
 
 
 class Head:
@@ -106,15 +131,15 @@ class Exchange:
         "head",
         "id",
         "keep_alive",
-        "protocol",
+        "line",
         "reply",
         "response_complete",
         "started",
         "who",
     )  # fmt: skip
 
-    def __init__(self, protocol: Any, head: Head, began: int) -> None:
-        self.protocol, self.head, self.began = protocol, head, began
+    def __init__(self, line: Line, head: Head, began: int) -> None:
+        self.line, self.head, self.began = line, head, began
         self.id, self.who, self.keep_alive = request_id(), NOBODY, head.keep_alive
         self.reply = Reply(self)
         self.current = self.arrived = self.started = self.response_complete = self.disconnected = False
@@ -129,17 +154,17 @@ class Exchange:
 
     def look_at_size(self) -> None:
         """Refuses what is announced to be too large; lets a careful client send the rest."""
-        protocol, head = self.protocol, self.head
-        if head.length is not None and head.length > protocol.front.max_body:
+        line, head = self.line, self.head
+        if head.length is not None and head.length > line.max_body:
             self._too_large()
             return
         for name, value in head.headers:
             if name == b"expect" and value.lower() == b"100-continue" and head.refusal is None:
-                protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                line.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _too_large(self) -> None:
         """Refuses at once, without waiting for the rest of the body, and closes."""
-        limit = self.protocol.front.max_body
+        limit = self.line.max_body
         self.head.refusal = TooLarge(f"The request body is too large: at most {limit // 2**20} MB are accepted.")
         self.keep_alive = False
         self._body = None
@@ -150,7 +175,7 @@ class Exchange:
         if self.response_complete or self.head.refusal is not None:
             return
         self._size += len(body)
-        if self._size > self.protocol.front.max_body:
+        if self._size > self.line.max_body:
             self._too_large()
         elif self._body is None:
             self._body = [body]
@@ -182,27 +207,28 @@ class Exchange:
 
     def start(self, body: bytes) -> None:
         """Makes a Call of the request and lets it through the one door."""
-        protocol, head = self.protocol, self.head
-        protocol.phase = ANSWERING
+        line, head = self.line, self.head
+        line.phase = ANSWERING
         self.started = True
         call = Call(self.id, NOBODY, head.task, body, self.reply, self.began)
         if head.refusal is not None:
             call.refusal = head.refusal
         else:
             self.arrived = True
-            if head.version == protocol.front.directory.version:  # a head that was seen before
+            if head.version == line.directory.version:  # a head that was seen before
                 call.principal = self.who = head.who
             else:
                 try:
-                    call.principal = self.who = head.identify(protocol.front.directory)
+                    call.principal = self.who = head.identify(line.directory)
                 except TertuliaError as error:
                     call.refusal = error
         call.wishes = head.wishes
-        call.client = protocol.peer
-        if protocol.flow.write_paused:  # what it was told before has not been read yet
+        call.client = line.peer
+        if line.paused:  # what it was told before has not been read yet
             self.reply.pause()
-        rest = protocol.front.pipeline.run(call)
+        rest = line.pipeline.run(call)
         if rest is not None:
+            protocol = line.protocol
             task: asyncio.Task[None] = protocol.loop.create_task(rest)
             protocol.tasks.add(task)
             task.add_done_callback(protocol.tasks.discard)
@@ -227,7 +253,7 @@ class Exchange:
         if self._due:  # the head travels with the first event, in one packet
             data = self._stream_head() + data
         if not self.disconnected:
-            direct.write(self.protocol.transport, self.protocol.file, data)
+            direct.write(self.line.transport, self.line.file, data)
 
     def _stream_head(self) -> bytes:
         self._due = False
@@ -244,29 +270,26 @@ class Exchange:
             return False
         self.response_complete = True
         self.reply.sink = NOWHERE  # a circle of the two would wait for the collector
-        return not (self.disconnected or self.protocol.transport.is_closing())
+        return not (self.disconnected or self.line.transport.is_closing())
 
     def whole(self, headers: Sequence[bytes], data: bytes) -> None:
         if not self._is_last():
             return
-        protocol = self.protocol
-        transport = protocol.transport
+        line = self.line
         self._status, self._lines, self._answer = 200, headers, data
-        direct.write(transport, protocol.file, self._whole())
-        if not self.keep_alive:
-            transport.close()
-        elif protocol.phase == ANSWERING and not (
-            protocol.heading or protocol.later or protocol.pipeline or protocol.flow.read_paused
-        ):
-            protocol.phase, protocol.since = IDLE, monotonic()  # as on_response_complete would do
+        if self.keep_alive and line.phase == ANSWERING and not line.more:
+            OUTBOX.put(line.transport, line.file, self._whole())
+            line.phase, line.since = IDLE, monotonic()  # as on_response_complete would do
             return
-        protocol.on_response_complete()
+        direct.write(line.transport, line.file, self._whole())
+        if not self.keep_alive:
+            line.transport.close()
+        line.protocol.on_response_complete()
 
     def end(self, outcome: str) -> None:
         if not self._is_last():
             return
-        protocol = self.protocol
-        transport = protocol.transport
+        protocol, transport = self.line.protocol, self.line.transport
         stream = self.reply.stream
         if outcome != FINISHED:
             cut = outcome == STOPPED or (outcome == FAILED and self.reply.error is None)
@@ -294,7 +317,7 @@ class Exchange:
         )  # fmt: skip
 
 
-def take_repeated(protocol: Any, known: Repeated, data: bytes) -> bool:
+def take_repeated(line: Line, known: Repeated, data: bytes) -> bool:
     """Takes a message whose head is known, if this is one, and at least all of its head."""
     if not data.startswith(known.prefix):
         return False
@@ -305,20 +328,21 @@ def take_repeated(protocol: Any, known: Repeated, data: bytes) -> bool:
     if not length.isdigit():
         return False
     at = end + known.suffix_size
-    size, front = int(length), protocol.front
+    size = int(length)
     missing = size - len(data) + at
-    if missing < 0 or size > front.max_body:
+    if missing < 0 or size > line.max_body:
         return False
-    exchange = Exchange(protocol, known.head, perf_counter_ns())
+    exchange = Exchange(line, known.head, perf_counter_ns())
     exchange.current = True
+    protocol = line.protocol
     protocol.cycle = exchange
     if missing:
         protocol.filling, protocol.missing = [data[at:]], missing
-        protocol.phase, protocol.since = READING, monotonic()
+        line.phase, line.since = READING, monotonic()
     else:
         exchange.take(data[at:])
-        protocol.phase = ANSWERING
-        front.turns.add(exchange)
+        line.phase = ANSWERING
+        line.turns.add(exchange)
     return True
 
 

@@ -24,7 +24,7 @@ from ..errors import BadRequest, Overloaded, TertuliaError, TooLarge
 from ..gateway.pipeline import Pipeline
 from ..turns import Turns
 from .edge import request_id, standard_headers
-from .exchange import ANSWERING, IDLE, LEAVING, READING, Exchange, Head, Repeated, repeated, take_repeated
+from .exchange import ANSWERING, IDLE, LEAVING, READING, Exchange, Head, Line, Repeated, repeated, take_repeated
 
 HEAD_LIMIT = 65536  # bytes of request line and headers
 VERSIONS = ("1.1", "1.0")
@@ -58,6 +58,12 @@ class Front:
     ) -> Protocol:
         """uvicorn asks for a protocol per connection."""
         return Protocol(self, config, server_state, app_state, _loop)
+
+    def limit(self, max_body: int, read_timeout: float, keep_alive: float) -> None:
+        """Other limits, for the connections that are there too."""
+        self.max_body, self.read_timeout, self.keep_alive = max_body, read_timeout, keep_alive
+        for connection in self.connections:
+            connection.line.max_body = max_body
 
     def start(self) -> None:
         self.sweep()
@@ -103,8 +109,7 @@ class Protocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, loop)
         self.front = front
-        self.phase = READING  # a new connection owes us a request
-        self.since = monotonic()
+        self.line = Line(self, front.pipeline, front.directory, front.turns, front.max_body)
         self.head_size = 0
         self.unread = 0
         self.began = 0
@@ -121,8 +126,9 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.peer = self.client[0] if self.client else ""
-        self.file = direct.descriptor(transport)
+        line = self.line
+        line.transport, line.file = transport, direct.descriptor(transport)
+        line.peer = self.client[0] if self.client else ""
         self.front.connections.add(self)
         if len(self.front.connections) > self.front.max_connections:
             self._refuse(Overloaded("Too many connections are open. Please try again later.", retry_after=1))
@@ -139,6 +145,7 @@ class Protocol(HttpToolsProtocol):
             elif cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
+        self.line.protocol = None  # a circle of the two would wait for the collector
 
     def check_silence(self, now: float) -> None:
         if self.transport.is_closing():  # a client that reads nothing more keeps it from being flushed
@@ -149,32 +156,33 @@ class Protocol(HttpToolsProtocol):
         if self.pipeline or self.later:  # reading is paused by us, not by the client
             return
         limits = {IDLE: self.front.keep_alive, READING: self.front.read_timeout, LEAVING: LEAVE_SECONDS}
-        limit = limits.get(self.phase)
-        if limit is not None and now - self.since > limit:
+        limit = limits.get(self.line.phase)
+        if limit is not None and now - self.line.since > limit:
             self.transport.close()
 
     def leave(self) -> None:
         """Says no more, and reads what is still on its way to nowhere: closing at once would reset the connection, and
         the answer with it."""
-        self.phase, self.since = LEAVING, monotonic()
+        self.line.phase, self.line.since = LEAVING, monotonic()
         self.transport.write_eof()
 
     def data_received(self, data: bytes) -> None:
         if self.filling is not None:
             self._fill(data)
             return
-        if self.phase == IDLE:
-            if self.known is not None and take_repeated(self, self.known, data):
+        if self.line.phase == IDLE:
+            if self.known is not None and take_repeated(self.line, self.known, data):
                 return
             found = data.find(b"\r\n\r\n")
             self.raw = data[: found + 4] if found > 0 else None
-        elif self.phase == ANSWERING:  # whatever it is, its turn comes when this answer has ended
+        elif self.line.phase == ANSWERING:  # whatever it is, its turn comes when this answer has ended
+            self.line.more = True
             self.later.append(data)
             self.waiting += len(data)
             if self.waiting > HEAD_LIMIT:  # not before: who reads nothing does not see the client leave
                 self.flow.pause_reading()
             return
-        elif self.phase == LEAVING:
+        elif self.line.phase == LEAVING:
             self.unread += len(data)
             if self.unread > LEAVE_BYTES:
                 self.transport.close()
@@ -215,11 +223,12 @@ class Protocol(HttpToolsProtocol):
         active = self.ahead or self.cycle
         if active is not None and not active.response_complete and getattr(active, "started", True):
             active.keep_alive = False
+            self.line.more = True
             self.flow.pause_reading()
             if not isinstance(active, Exchange):  # it may be waiting for the body that is broken
                 self.transport.close()
             return
-        self.phase = ANSWERING
+        self.line.phase = ANSWERING
         body = error.body()
         head = standard_headers(request_id(), NOBODY, time.perf_counter_ns())
         self.transport.write(
@@ -234,9 +243,9 @@ class Protocol(HttpToolsProtocol):
         self.headers = []
         self.expect_100_continue = False
         self.head_size = 0
-        self.heading = True
-        if self.phase != ANSWERING:
-            self.phase, self.since = READING, monotonic()
+        self.heading = self.line.more = True
+        if self.line.phase != ANSWERING:
+            self.line.phase, self.line.since = READING, monotonic()
         self.began = time.perf_counter_ns()
 
     def on_url(self, url: bytes) -> None:
@@ -274,7 +283,7 @@ class Protocol(HttpToolsProtocol):
         existing = self.cycle
         old = version == "1.0"
         head = Head(task, self.headers, old, not old and parser.should_keep_alive())
-        self.cycle = exchange = Exchange(self, head, self.began)  # type: ignore[assignment]
+        self.cycle = exchange = Exchange(self.line, head, self.began)  # type: ignore[assignment]
         if existing is None or existing.response_complete:
             exchange.current = True
             exchange.look_at_size()
@@ -304,14 +313,14 @@ class Protocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self.phase, self.heading, self.head_size = ANSWERING, False, 0
+        self.line.phase, self.heading, self.head_size = ANSWERING, False, 0
         cycle = self.cycle
         if isinstance(cycle, Exchange):
             cycle.complete()
         else:
             super().on_message_complete()
             if cycle.response_complete and not self.pipeline:  # it was refused before its body had come
-                self.phase, self.since = IDLE, monotonic()
+                self.line.phase, self.line.since = IDLE, monotonic()
 
     # between requests
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
@@ -324,31 +333,35 @@ class Protocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport is None or self.transport.is_closing():
             return
-        self.since = monotonic()
+        self.line.since = monotonic()
         if self.pipeline:
             cycle, app = self.pipeline.pop()
             self.ahead = cycle if self.pipeline else None
-            self.phase = ANSWERING if _whole(cycle) else READING
+            self.line.phase = ANSWERING if _whole(cycle) else READING
             self._start_asgi_task(cycle, app)
-        elif self.phase == ANSWERING:
-            self.phase = READING if self.heading else IDLE  # a head has begun in the same read
-        if self.later and self.phase != ANSWERING and not self.transport.is_closing():
+        elif self.line.phase == ANSWERING:
+            self.line.phase = READING if self.heading else IDLE  # a head has begun in the same read
+        if self.later and self.line.phase != ANSWERING and not self.transport.is_closing():
             data = b"".join(self.later)
             self.later.clear()
             self.waiting = 0
             self.data_received(data)
         if self.flow.read_paused and not self.later and not self.pipeline:
             self.flow.resume_reading()
+        line = self.line
+        line.more = line.phase != IDLE or self.heading or bool(self.later or self.pipeline) or self.flow.read_paused
 
     # flow control
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.line.paused = True
         answering = self.ahead or self.cycle
         if isinstance(answering, Exchange):
             answering.reply.pause()
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.line.paused = False
         answering = self.ahead or self.cycle
         if isinstance(answering, Exchange):
             answering.reply.resume()

@@ -34,13 +34,16 @@ class Query:
         for spelled, value in pairs:
             found = NAME.match(spelled)
             if found is None or found[1] not in known:
-                name = spelled[:64]
-                raise BadRequest(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+                raise _unknown(spelled[:64])
             self._given.setdefault(found[1], {}).setdefault(found[2] or "", []).append(value)
 
     def texts(self, name: str) -> list[str]:
-        """All values of an array."""
-        return self._given.get(name, {}).get("", [])
+        """All values of an array. Raises BadRequest if an object is given in its place: `a[gt]=1`."""
+        given = self._given.get(name, {})
+        for key in given:
+            if key:
+                raise _unknown(f"{name}[{key}]")
+        return given.get("", [])
 
     def text(self, name: str) -> str | None:
         """The value of a parameter that is given once; None for an empty one. Raises BadRequest."""
@@ -59,8 +62,7 @@ class Query:
         found = {}
         for key, values in self._given.get(name, {}).items():
             if key not in keys:
-                spelled = f"{name}[{key}]"
-                raise BadRequest(f"Unknown parameter: '{spelled}'.", param=spelled, code="unknown_parameter")
+                raise _unknown(f"{name}[{key}]")
             found[key] = _number(f"{name}[{key}]", values[-1], 0, 2**53)
         return found
 
@@ -76,18 +78,22 @@ class Query:
         return self.choice(name, ("true", "false")) == "true"
 
 
+def _unknown(name: str) -> BadRequest:
+    return BadRequest(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+
+
 def _number(name: str, text: str, low: int, high: int) -> int:
-    if not re.fullmatch(r"-?[0-9]{1,18}", text, re.ASCII):
+    if not re.fullmatch(r"-?[0-9]{1,4000}", text, re.ASCII):
         raise BadRequest(
-            f"Invalid type for '{name}': expected an integer, but got a string instead.",
+            f"Invalid type for '{name}': expected an integer, but got '{text[:32]}' instead.",
             param=name,
             code="invalid_type",
         )
     value = int(text)
     if value < low:
-        raise out_of_bounds("int", ">=", str(low), value, name)
+        raise out_of_bounds("int", ">=", str(low), text, name)
     if value > high:
-        raise out_of_bounds("int", "<=", str(high), value, name)
+        raise out_of_bounds("int", "<=", str(high), text, name)
     return value
 
 

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from .. import direct
+from ..direct import OUTBOX
 from ..errors import EngineFailed, TertuliaError, UpstreamTimeout
 from ..turns import Turns
 from .proxy import Proxy, Tunnel
@@ -104,7 +105,7 @@ class Connection(asyncio.Protocol):
         if body:
             self.transport.writelines((request, body))  # one system call, and no copy of the body
         else:
-            direct.write(self.transport, self._file, request)
+            OUTBOX.put(self.transport, self._file, request)
 
     def cancel(self) -> None:
         """Gives the call up: nothing more reaches the receiver, and the engine sees the connection close."""

@@ -20,8 +20,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from ..accounts.budgets import SPEND, UNLIMITED, Budget, Budgets
-from ..accounts.limits import NO_LIMIT, Allowance, Slot
+from ..accounts.budgets import SPEND, UNLIMITED, Budget, Budgets, month_of
+from ..accounts.limits import KINDS, NO_LIMIT, NONE, TOKENS, Allowance, Slot
 from ..accounts.prices import FASTER, FREE, PICO, Price, Prices, dearest
 from ..accounts.projects import Organization, Project, RateLimit, SpendLimit
 from ..core import BYTES_PER_TOKEN, Call, Next, Principal, Target, Usage
@@ -33,6 +33,7 @@ DEFAULT_OUTPUT: Final = 4096  # tokens reserved for an answer whose longest nobo
 UNKNOWN_OUTPUT: Final = 131_072  # what a minute's tokens must have room for, or such an answer is given a maximum
 LEGACY_OUTPUT: Final = 16  # what a completion has if its caller gives no maximum
 NANO: Final = 10**9
+EVERYTHING: Final = KINDS | {SPEND}
 WAYS: Final = 1024  # names of one project that are remembered; callers choose them
 LOOK_SECONDS: Final = 1.0  # how often it is asked whether the month is over
 TURN_TOKENS: Final = 16  # what a template says around one more message
@@ -47,7 +48,7 @@ class Rules(NamedTuple):
     daily: int = NO_LIMIT
     concurrent: int = NO_LIMIT
     spend: int | None = None
-    observe_only: bool = False
+    observed: frozenset[str] = NONE  # the limits that refuse nothing, in no project
     refuse_unpriced: bool = False
     reserve_output: int | None = None  # tokens a minute reserves for an answer whose caller gives no maximum
 
@@ -89,6 +90,22 @@ class Held:
         self.account, self.slot, self.tokens, self.cost = account, slot, tokens, cost
 
 
+class Settlement:
+    """What is to be settled when a call ends. A bound method is called at less than half the price of a function with
+    what it encloses, where both are compiled."""
+
+    __slots__ = ("_account", "_admit", "_call", "_cost", "_slot", "_tokens", "_way")
+
+    def __init__(
+        self, admit: Admit, call: Call, account: Account, way: Way, slot: Slot | None, tokens: int, cost: int
+    ) -> None:
+        self._admit, self._call, self._account, self._way = admit, call, account, way
+        self._slot, self._tokens, self._cost = slot, tokens, cost
+
+    def close(self, outcome: str) -> None:
+        self._admit.settle(self._call, self._account, self._way, self._slot, self._tokens, self._cost)
+
+
 class Admit:
     """The stage. What is counted is kept for the life of the server."""
 
@@ -98,6 +115,8 @@ class Admit:
         """spent: nano-dollars this month, by project. wall: unix seconds. Needs the running loop."""
         self._rules, self._prices, self._spent = rules, prices, dict(spent)
         self.budgets = Budgets(wall)
+        self._month = self.budgets.month  # which spent and heard are of
+        self._heard: dict[str, int] = {}  # what others have spent, of what is in the budgets
         self.counter = Counter()
         self._accounts: dict[str, Account] = {}
         self._time = asyncio.get_running_loop().time
@@ -177,32 +196,31 @@ class Admit:
         if way.unpriced:
             self._flag(call, way)
         call.held = slot
-        reply = call.reply
-
-        def settle(outcome: str) -> None:
-            """The call is over: what it used and cost counts, the rest of what it had reserved is free again."""
-            if cost:
-                account.budget.reserved -= cost
-                account.whole.reserved -= cost
-            call.held = None
-            used = 0
-            # of a hit, and of an answer that somebody else pays for, nothing was made for this call
-            if call.cache != "hit" and call.cache != "joined":
-                call.cost = call.paid  # of attempts that others followed, and that are paid
-                usage = reply.usage if reply.own is None else reply.own
-                if usage is not None:
-                    if usage.estimated:
-                        usage = self._mend(call, usage)
-                    used = usage.prompt_tokens + usage.completion_tokens
-                    if way.first is not FREE or call.target is not way.target:
-                        call.cost += self._charge(call, account, usage)
-            elif self._going is not None:
-                self._keep(account, slot, tokens, cost)
-            if slot is not None:
-                slot.allowance.settle(slot, tokens, used)
-
-        reply.on_close(settle)
+        call.reply.on_close(Settlement(self, call, account, way, slot, tokens, cost).close)
         return following(call)
+
+    def settle(self, call: Call, account: Account, way: Way, slot: Slot | None, tokens: int, cost: int) -> None:
+        """The call is over: what it used and cost counts, the rest of what it had reserved is free again."""
+        if cost:
+            account.budget.reserved -= cost
+            account.whole.reserved -= cost
+        call.held = None
+        used = 0
+        # of a hit, and of an answer that somebody else pays for, nothing was made for this call
+        if call.cache != "hit" and call.cache != "joined":
+            call.cost = call.paid  # of attempts that others followed, and that are paid
+            reply = call.reply
+            usage = reply.usage if reply.own is None else reply.own
+            if usage is not None:
+                if usage.estimated:
+                    usage = self._mend(call, usage)
+                used = usage.prompt_tokens + usage.completion_tokens
+                if way.first is not FREE or call.target is not way.target:
+                    call.cost += self._charge(call, account, usage)
+        elif self._going is not None:
+            self._keep(account, slot, tokens, cost)
+        if slot is not None:
+            slot.allowance.settle(slot, tokens, used)
 
     # the worst case
     def _output(self, call: Call, way: Way, prompt: int) -> tuple[int, int]:
@@ -241,14 +259,14 @@ class Admit:
         one would be admitted where the model's longest is more than the minute allows: a quarter of that at most, and
         what is left of it, if it is worth mentioning."""
         wanted, limit = self._rules.reserve_output, way.allowance.tokens_limit
-        left = limit - way.allowance.tokens - prompt
+        left = way.allowance.tokens_left() - prompt
         reserved = min(output, output if wanted is None else wanted, max(1, limit // 4))
         return reserved if reserved <= left else min(reserved, max(left, limit // 20, 1))
 
     def _limits_tokens(self, way: Way) -> bool:
         """Whether a limit of tokens is in force."""
         allowance = way.allowance
-        return allowance.tokens_limit < NO_LIMIT and not allowance.observe_only and not self._rules.observe_only
+        return allowance.tokens_limit < NO_LIMIT and TOKENS not in allowance.observed
 
     def _cap(self, call: Call, maximum: int) -> None:
         """Gives an answer a maximum: it is sent along, and the caller is told. In the words that OpenAI's models
@@ -263,10 +281,10 @@ class Admit:
         """A maximum for an answer that has none, of a model whose longest nobody knows: without one, nobody could say
         that it stays within a spend limit. It is sent along, and the caller is told. None if no such limit is in
         force."""
-        account, rules = self._enter(call.principal), self._rules
+        account = self._enter(call.principal)
         limits = [
             budget.limit - budget.spent - budget.reserved for budget in (account.budget, account.whole)
-            if budget.limit < UNLIMITED and not budget.observe_only and not rules.observe_only
+            if budget.limit < UNLIMITED and not budget.observe_only
         ]  # fmt: skip
         if not limits or not way.price.output:
             return None
@@ -323,7 +341,7 @@ class Admit:
         counted: bool,
     ) -> Awaitable[None] | None:  # fmt: skip
         """Every limit, closely. Raises what the first of them says that does not only observe."""
-        now, rules, allowance = self._time(), self._rules, way.allowance
+        now, allowance = self._time(), way.allowance
         cost = self._most(call, way, prompt, output) if way.priced else 0
         seen: list[str] = []
         if cost:
@@ -331,25 +349,39 @@ class Admit:
                 error = budget.refusal(cost)
                 if error is None:
                     continue
-                if not budget.observe_only and not rules.observe_only:
+                if not budget.observe_only:
                     raise self._refuse(call, SPEND, error, allowance, now)
                 if SPEND not in seen:
                     seen.append(SPEND)
-        observes = allowance.observe_only or rules.observe_only
         slot: Slot | None = None
-        refusal = allowance.refusal(prompt + reserved, now, call.principal.key_id, wait=not observes)
-        if refusal is None:
-            slot = allowance.force(prompt + reserved, now, call.principal.key_id)
-        elif observes:  # what it would have refused does not count against the others, as if it had been
+        refusal = allowance.refusal(prompt + reserved, now, call.principal.key_id)
+        if refusal is not None:
+            if not refusal.observed:
+                raise self._refuse(call, refusal.kind, refusal.error, allowance, now)
             seen.append(refusal.kind)
-        else:
-            raise self._refuse(call, refusal.kind, refusal.error, allowance, now)
+        if refusal is None or not allowance.observe_only:  # what all of them would refuse counts nowhere
+            slot = allowance.force(prompt + reserved, now, call.principal.key_id)
+            if refusal is not None:
+                self._pass_by(call, slot, prompt + reserved)
         if seen:
             self._mark(call, seen)
         call.prompt_tokens = prompt if counted else len(call.body) // BYTES_PER_TOKEN
         call.output_tokens, call.hold = output, cost
         call.reply.headers.append(allowance.headers(now))
         return self._go(call, following, account, way, slot, prompt + reserved, cost)
+
+    def _pass_by(self, call: Call, slot: Slot, tokens: int) -> None:
+        """A limit that only observes would have refused it: it counts in those that are enforced alone."""
+        slot.allowance.pass_by(slot, tokens)
+
+        def settle(outcome: str) -> None:  # after the call itself has been settled
+            usage = call.reply.usage if call.reply.own is None else call.reply.own
+            used = 0
+            if usage is not None and call.cache != "hit" and call.cache != "joined":
+                used = usage.prompt_tokens + usage.completion_tokens
+            slot.allowance.settle_passed(slot, tokens, used)
+
+        call.reply.on_close(settle)
 
     def _refuse(self, call: Call, kind: str, error: TertuliaError, allowance: Allowance, now: float) -> TertuliaError:
         key = (kind, call.principal.project)
@@ -409,11 +441,9 @@ class Admit:
     def may_follow(self, call: Call) -> bool:
         """Whether another attempt still fits into what the limits leave, after what the lost ones have used."""
         slot: Slot | None = call.held
-        if self._rules.observe_only:
-            return True
         if slot is not None:
             allowance = slot.allowance
-            if not allowance.observe_only and allowance.tokens > allowance.tokens_limit:
+            if TOKENS not in allowance.observed and allowance.tokens > allowance.tokens_limit:
                 return False
         if not call.hold:
             return True
@@ -458,11 +488,9 @@ class Admit:
 
     def _has_room(self, account: Account, slot: Slot | None, tokens: int, cost: int) -> bool:
         """Whether a call that has been admitted may have so much more."""
-        if self._rules.observe_only:
-            return True
         if slot is not None and slot.live:
             allowance = slot.allowance
-            if not allowance.observe_only and allowance.tokens + tokens > allowance.tokens_limit:
+            if TOKENS not in allowance.observed and allowance.tokens + tokens > allowance.tokens_limit:
                 return False
         return not cost or all(
             budget.observe_only or budget.spent + budget.reserved + cost <= budget.limit
@@ -523,6 +551,7 @@ class Admit:
         if account is None:
             if project is None:  # nobody keeps one: the settings hold for it
                 project = Project(id, Organization(who.organization))
+            self._begin()
             budget = self.budgets.of(id, self._spent.get(id, 0))
             whole = self.budgets.of(project.organization.id, sum(self._spent.values()))
             account = self._accounts[id] = Account(project, budget, whole)
@@ -533,8 +562,9 @@ class Admit:
         """What its records and the settings say now; what is counted stays."""
         project = account.project
         account.seen = self._seen
-        _limit_budget(account.budget, project.spend_limit, self._rules.spend)
-        _limit_budget(account.whole, project.organization.spend_limit, None)
+        everywhere = SPEND in self._rules.observed
+        _limit_budget(account.budget, project.spend_limit, self._rules.spend, everywhere)
+        _limit_budget(account.whole, project.organization.spend_limit, None, everywhere)
         account.ways.clear()
         for name, allowance in account.allowances.items():
             self._limit(allowance, project.rate_limits.get(name))
@@ -542,14 +572,14 @@ class Admit:
     def _limit(self, allowance: Allowance, record: RateLimit | None) -> None:
         rules = self._rules
         if record is None:
-            allowance.limit(rules.requests, rules.tokens, rules.daily, rules.concurrent)
+            allowance.limit(rules.requests, rules.tokens, rules.daily, rules.concurrent, rules.observed)
             return
         allowance.limit(
             rules.requests if record.requests_per_minute is None else record.requests_per_minute,
             rules.tokens if record.tokens_per_minute is None else record.tokens_per_minute,
             rules.daily if record.requests_per_day is None else record.requests_per_day,
             rules.concurrent if record.concurrent_requests is None else record.concurrent_requests,
-            record.observe_only,
+            rules.observed | record.observed,
         )
 
     def _allowance(self, account: Account, name: str) -> Allowance:
@@ -603,7 +633,33 @@ class Admit:
         id = project.id
         return lambda: Forbidden(f"Project `{id}` does not have access to model `{model}`", code="model_not_found")
 
-    # the past, and what is shown
+    # the past, others, and what is shown
+    def _begin(self) -> None:
+        """Forgets what was of the month before."""
+        if self._month != self.budgets.month:
+            self._month = self.budgets.month
+            self._spent, self._heard = {}, {}
+
+    def hear(self, month: int, spent: Mapping[str, int]) -> None:
+        """What other gateways have spent by project since this one began, in the month that began then (unix seconds):
+        it counts as if it were spent here."""
+        self.budgets.roll()
+        self._begin()
+        if month_of(month) != self._month:
+            return
+        whole = next((account.whole for account in self._accounts.values()), None)
+        for id, cost in spent.items():
+            more = cost - self._heard.get(id, 0)
+            if more:
+                self._heard[id] = cost
+                budget = self.budgets.all.get(id)
+                if budget is not None:
+                    budget.pay(more)
+                else:
+                    self._spent[id] = self._spent.get(id, 0) + more
+                if whole is not None:
+                    whole.pay(more)
+
     def recall(self, project: Project, name: str, age: float, requests: int, tokens: int) -> None:
         """Before the first call, oldest first: what the project was admitted age seconds ago by the process before this
         one. name: of the model that is counted."""
@@ -624,7 +680,7 @@ class Admit:
         """Whether such a limit refuses its calls now."""
         budget = self.budgets.all.get(about.id)
         spent = 0 if budget is None else budget.spent
-        return spent >= limit.amount and not limit.observe_only and not self._rules.observe_only
+        return spent >= limit.amount and not limit.observe_only and SPEND not in self._rules.observed
 
     def metrics(self) -> list[str]:
         """What was refused, and where the money stands."""
@@ -654,11 +710,11 @@ class Admit:
         ]  # fmt: skip
 
 
-def _limit_budget(budget: Budget, record: Any, default: int | None) -> None:
+def _limit_budget(budget: Budget, record: Any, default: int | None, observed: bool) -> None:
     if record is not None:
-        budget.limit, budget.observe_only = record.amount, record.observe_only
+        budget.limit, budget.observe_only = record.amount, observed or record.observe_only
     else:
-        budget.limit, budget.observe_only = UNLIMITED if default is None else default, False
+        budget.limit, budget.observe_only = UNLIMITED if default is None else default, observed
 
 
 def _lengths(target: Target, listed: Price | None) -> tuple[int, int]:

@@ -54,6 +54,18 @@ class Series:
         self.seconds.observe(seconds)
 
 
+class Tab:
+    """What is to be done when a call ends. Its bound method is called at a third of the price of a lambda, compiled."""
+
+    __slots__ = ("_call", "_meter")
+
+    def __init__(self, meter: Meter, call: Call) -> None:
+        self._meter, self._call = meter, call
+
+    def close(self, outcome: str) -> None:
+        self._meter.record(self._call, outcome)
+
+
 class Meter:
     """The stage, and the figures it has gathered. Each part of the server with figures of its own adds its metrics
     function to sources."""
@@ -78,7 +90,7 @@ class Meter:
         reply = call.reply
         reply.pace = self._pace
         call.watch = self
-        reply.on_close(lambda outcome: self._record(call, outcome))
+        reply.on_close(Tab(self, call).close)
         return following(call)
 
     # the Watch
@@ -87,7 +99,7 @@ class Meter:
         before it ends."""
         who, target = call.principal, call.target
         try:
-            self._ledger.intend(
+            call.intent = self._ledger.intend(
                 call.opener, call.sent + 1, who.key_id, who.project, call.task.name, call.model,
                 target.model, target.engine.name, call.prompt_tokens, call.hold, call.output_tokens,  # type: ignore[union-attr]
             )  # fmt: skip
@@ -124,7 +136,7 @@ class Meter:
             call.observed, call.unpriced,
         )  # fmt: skip
         try:
-            self._ledger.append(entry)
+            self._ledger.append(entry, call.intent)
         except OSError as problem:  # its intent stands, and becomes an entry at the next start
             log.error("%s: an attempt has no entry yet: %s", call.id, problem.strerror)
             return False
@@ -134,7 +146,8 @@ class Meter:
         """A broken answer is gone on with: whether the limits allow for its longer prompt."""
         return self.may_continue(call, more)
 
-    def _record(self, call: Call, outcome: str) -> None:
+    def record(self, call: Call, outcome: str) -> None:
+        """A call has ended."""
         self.in_flight -= 1
         reply, target, who = call.reply, call.target, call.principal
         nanoseconds = _now() - call.began
@@ -158,7 +171,9 @@ class Meter:
             engine, call.fallback, call.observed, call.unpriced,
         )  # fmt: skip
         # the ledger has each attempt, and who was answered without one; what reached nobody is no business of its
-        line = self._ledger.append(entry) if call.open or (call.cache and not call.sent) else None
+        line = None
+        if call.open or (call.cache and not call.sent):
+            line = self._ledger.append(entry, call.intent if call.open else -1)
         call.open = False
         key = (task, model, outcome, reply.status)
         series = self.series.get(key)
@@ -177,7 +192,7 @@ class Meter:
     def unclaimed(self, call: Call, outcome: str) -> None:
         """A shared call has ended that nobody waits for any more: it is accounted all the same."""
         self.in_flight += 1  # as every call that is recorded
-        self._record(call, outcome)
+        self.record(call, outcome)
 
     def _observe_first(self, task: str, seconds: float) -> None:
         first = self.first.get(task)

@@ -50,12 +50,13 @@ from .schema import metadata
 FORMAT = 1  # of the file; one with a higher one was written by a newer Tertulia
 FILES = ("secret", "client.env", "writer")  # of the data directory, beside the database and the journal
 JOURNAL = "ledger"
+INTENTS = "ledger/intents"  # beside the journal
 OLD_JOURNAL = "ledger.jsonl"  # of Tertulia 0.1
 FORMER = ("projects",)  # tables that older releases had
 CHUNK = 2**22  # bytes of rows in one member of the tar file, about
 ROWS = 2000  # fetched, or written, at once
 TABLE = re.compile(r"tables/([a-z_]+)/\d{6}\.jsonl")
-KEPT = re.compile(rf"files/({'|'.join(map(re.escape, (*FILES, OLD_JOURNAL)))}|{JOURNAL}/\d{{6,}}\.jsonl)")
+KEPT = re.compile(rf"files/({'|'.join(map(re.escape, (*FILES, INTENTS, OLD_JOURNAL)))}|{JOURNAL}/\d{{6,}}\.jsonl)")
 Tell = Callable[[str], None]
 encode = msgspec.json.Encoder().encode
 decode_row = msgspec.json.Decoder(list[Any]).decode
@@ -168,9 +169,9 @@ def _write(
     # Files of the journal are opened before the transaction begins: what is removed from now on, as it is folded, may
     # not be folded yet for the transaction. How far they go is looked up after it has begun.
     journal = dict(_open_journal(data, closing))
-    for name in FILES:
+    for name in (*FILES, INTENTS):  # what was under way has its entries in what is looked up later, or is interrupted
         with contextlib.suppress(FileNotFoundError):
-            writer.add_bytes(f"files/{name}", (data / name).read_bytes())
+            writer.add_bytes(f"files/{name}", (data / name).read_bytes().rstrip(b"\0"))
     with _snapshot(engine) as connection:
         found = found_version(connection)  # the first look: from here on, the transaction sees nothing new
         if found is None:

@@ -9,6 +9,8 @@ the same if the process is killed. Room is made ahead, STEP bytes at a time, by 
 is an error when room is made and never a fault in the middle of a copy. What is not written yet reads as zero bytes;
 they lie behind the last line break until the journal is closed or opened again.
 
+Lines that stand only for a while can be kept beside it (slots): they are flushed just before it is.
+
 If the machine stops (power), what was not flushed may be gone. Who opens the journal next is told: the file `open` has
 the boot it was opened in, and is removed when it is closed.
 """
@@ -24,6 +26,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from .slots import Slots
+
 log = logging.getLogger("tertulia.store")
 
 STEP = 2**20  # bytes of room made at a time
@@ -36,6 +40,7 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 class Journal:
     """One process appends, from any of its threads; readers read the files by batches() or read().
 
+    beside: what is flushed and closed with it.
     stopped: the flush_seconds of a run that ended with its machine, so that entries of so long may be missing; None if
     the last run did not.
     """
@@ -56,6 +61,7 @@ class Journal:
         self._dirty = False
         self._full: list[int] = []  # files of segments that are full, but not flushed yet
         self._fresh = True  # the directory is to be flushed, too
+        self.beside: Slots | None = None
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
         self._stop = threading.Event()
@@ -77,6 +83,12 @@ class Journal:
             self._at = end + 1
             self._dirty = True
             return self.segment
+
+    def promise(self, size: int) -> None:
+        """There is room for size more bytes, or OSError. For the thread that appends."""
+        if self._at + size > self._room:
+            with self._lock:
+                self._make_room(size)
 
     @property
     def end(self) -> int:
@@ -126,7 +138,7 @@ class Journal:
         took = 0.0
         while not self._stop.wait(max(0.0, seconds - took)):
             began = time.monotonic()
-            if self._dirty or self._full:
+            if self._dirty or self._full or (self.beside is not None and self.beside.dirty):
                 try:
                     self.flush()
                 except OSError as error:
@@ -142,6 +154,8 @@ class Journal:
             if file < 0:
                 return  # closed, and flushed then
             try:
+                if self.beside is not None:  # first: of an attempt that ends now, both are there or only the intent
+                    self.beside.flush()
                 if fresh:
                     _flush_directory(self.path)
                 for one in full:
@@ -169,6 +183,8 @@ class Journal:
         with self._flushing:
             os.close(self._file)
             self._file = -1
+            if self.beside is not None:
+                self.beside.close()
         (self.path / "open").unlink(missing_ok=True)
 
     def lines(self) -> list[bytes]:

@@ -31,6 +31,7 @@ def some(count: int, seed: int = 1) -> list[Entry]:
 
 def put(ledger: Ledger, entries: list[Entry]) -> None:
     for entry in entries:
+        intent = -1
         if entry.attempt:
-            ledger.intend(entry.id, entry.attempt, entry.key, entry.project, "chat", "asked", "m", "far", 1, 1)
-        ledger.append(entry)
+            intent = ledger.intend(entry.id, entry.attempt, entry.key, entry.project, "chat", "asked", "m", "far", 1, 1)
+        ledger.append(entry, intent)

@@ -22,8 +22,11 @@ from sqlalchemy import select
 
 from tertulia.accounts.alerts import Alert, Alerts, Mail, News, Undelivered, Webhook, alert_of
 from tertulia.accounts.budgets import Budgets
+from tertulia.accounts.credentials import Credentials, references
 from tertulia.accounts.records import Record
+from tertulia.config import Settings
 from tertulia.errors import SettingsError, Unavailable
+from tertulia.server import channels
 from tertulia.store.database import Database, open_database
 from tertulia.store.schema import alerts_sent
 
@@ -430,3 +433,36 @@ def test_a_mail_server_that_cannot_be_used(url: str, sender: str | None, said: s
     with pytest.raises(SettingsError) as error:
         Mail(url, lambda: None, sender)
     assert error.value.message.startswith(said) and "word@" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"alert_webhook_secret": "env:S"}, "alert_webhook_secret: it does nothing without alert_webhook;"),
+        ({"alert_smtp_password": "env:S"}, "alert_smtp_password: it does nothing without alert_smtp;"),
+        ({"alert_from": "a@b.c"}, "alert_from: it does nothing without alert_smtp;"),
+        ({"alert_webhook": "https://h/"}, "alert_webhook: it needs alert_webhook_secret"),
+        ({"alert_webhook": "https://h:port/", "alert_webhook_secret": "env:S"}, "alert_webhook: this is no address"),
+        ({"alert_smtp": "smtp://[h"}, "alert_smtp: this is no address"),
+        ({"alert_smtp": "smtp://h", "alert_smtp_password": "env:S"}, "alert_smtp_password: alert_smtp names no user"),
+        ({"alert_smtp": "smtp://me@h"}, "alert_smtp: it names a user, and alert_smtp_password"),
+        ({"alert_smtp": "smtp://h", "alert_from": "nobody"}, "alert_from: this is no e-mail address"),
+    ],
+)  # fmt: skip
+def test_half_of_a_way_to_tell_is_a_mistake_of_the_settings(given: dict[str, str], said: str) -> None:
+    settings, credentials = Settings(**given), Credentials({"S": SECRET})  # type: ignore[arg-type]
+    credentials.require(references(settings))
+    with pytest.raises(SettingsError) as error:
+        channels(settings, credentials)
+    assert error.value.message.startswith(said) and SECRET not in error.value.message
+
+
+def test_whole_ways_to_tell_are_taken() -> None:
+    settings = Settings(
+        alert_webhook="https://h/", alert_webhook_secret="env:S", alert_smtp="smtp://me@h", alert_smtp_password="env:S"
+    )
+    credentials = Credentials({"S": SECRET})
+    credentials.require(references(settings))
+    assert [channel.name for channel in channels(settings, credentials)] == ["webhook", "mail"]
+    assert [channel.name for channel in channels(Settings(alert_smtp="smtp://h"), credentials)] == ["mail"]
+    assert channels(Settings(), credentials) == []

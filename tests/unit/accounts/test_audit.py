@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ import pytest
 from openai.types.admin.organization import AuditLogListResponse
 from sqlalchemy import update
 
-from tertulia.accounts.audit import Actor, caller, local, printable
+from tertulia.accounts.audit import Actor, caller, local, printable, prune
 from tertulia.accounts.directory import Directory
 from tertulia.accounts.records import Record
+from tertulia.config import Settings
 from tertulia.core import Principal
 from tertulia.errors import NotFound
+from tertulia.server import open_ledger
 from tertulia.store.database import open_database
 from tertulia.store.schema import audit_logs
 
@@ -105,3 +109,30 @@ def test_filters(directory: Directory) -> None:
 
 def test_what_callers_say_of_themselves_is_one_short_line() -> None:
     assert printable("a\x1b[31m\nb\u2028c") == "a [31m b c" and len(printable("x" * 9999)) == 256
+
+
+def test_entries_go_after_their_days(directory: Directory) -> None:
+    for number in range(5):
+        tell(directory, local("ada"), "project.updated", f"proj_{number}")
+    kept = ids(directory.audit_log.page(100))
+    database = directory._database
+    prune(database, 30, threading.Event())  # nothing is as old as that
+    assert ids(directory.audit_log.page(100)) == kept
+    with database.begin() as connection:
+        old = update(audit_logs).where(audit_logs.c.id.in_(kept[2:])).values(at=int(time.time()) - 31 * 86400)
+        connection.execute(old)
+    prune(database, 0, threading.Event())  # for good
+    assert len(ids(directory.audit_log.page(100))) == len(kept)
+    prune(database, 30, threading.Event())
+    assert ids(directory.audit_log.page(100)) == kept[:2]
+
+
+def test_the_setting_says_for_how_long(directory: Directory, tmp_path: Path) -> None:
+    with directory._database.begin() as connection:
+        connection.execute(update(audit_logs).values(at=int(time.time()) - 31 * 86400))
+    for days, left in ((0, True), (32, True), (30, False)):
+        ledger = open_ledger(Settings(audit_days=days), tmp_path, directory._database)
+        assert ledger.fold is not None
+        ledger.fold._try(threading.Event())
+        assert bool(ids(directory.audit_log.page(1))) is left
+        ledger.close()

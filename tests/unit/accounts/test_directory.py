@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, delete, func, select, text, update
 
+from tertulia.accounts import change as change_module
+from tertulia.accounts import directory as directory_module
 from tertulia.accounts.audit import itself, local
-from tertulia.accounts.change import Change
+from tertulia.accounts.change import FORGOTTEN_SECONDS, Change, forget
 from tertulia.accounts.directory import Directory, check_headers, check_kind
 from tertulia.accounts.keys import KEY_LIMIT, mask
+from tertulia.accounts.limits import KINDS, TOKENS
 from tertulia.accounts.projects import ModelPermissions, RateLimit, SpendLimit
 from tertulia.core import Principal
 from tertulia.errors import BadRequest, Conflict, Forbidden, NotFound, SettingsError, Unauthorized, Unavailable
@@ -362,13 +365,17 @@ def test_limits_reach_the_projects_of_every_process_in_place(started: Directory,
         rate = change.create("rate_limit", project.id, {"max_requests_per_1_minute": 5}, natural="mock")
         body = {"max_tokens_per_1_minute": 7, "max_concurrent_requests": 2, "observe_only": True}
         change.create("rate_limit", project.id, body, natural="other")
+        change.create("rate_limit", project.id, {"observe_only": ["max_tokens_per_1_minute"]}, natural="third")
         spend = change.create("spend_limit", project.id, {"threshold_amount": 1234}, natural="month")
         whole = {"threshold_amount": 1, "observe_only": True}
         change.create("spend_limit", organization, whole, natural="month")
         allowed = {"mode": "allow_list", "model_ids": ["mock"]}
         permissions = change.create("model_permissions", project.id, allowed, natural="models")
     far.look()
-    assert project.rate_limits == {"mock": RateLimit(5), "other": RateLimit(None, 7, None, 2, True)}
+    assert project.rate_limits == {
+        "mock": RateLimit(5), "other": RateLimit(None, 7, None, 2, KINDS),
+        "third": RateLimit(observed=frozenset({TOKENS})),
+    }  # fmt: skip
     assert project.spend_limit == SpendLimit(12_340_000_000) and far.organization.spend_limit == SpendLimit(10**7, True)
     assert project.models == ModelPermissions(True, frozenset(["mock"])) and told == [project.version]
     assert project.version > version
@@ -376,7 +383,7 @@ def test_limits_reach_the_projects_of_every_process_in_place(started: Directory,
         for record in (rate, spend, permissions):
             change.delete(record.id)
     far.look()
-    assert list(project.rate_limits) == ["other"] and project.spend_limit is None and project.models is None
+    assert list(project.rate_limits) == ["other", "third"] and project.spend_limit is None and project.models is None
     assert other(started, tmp_path).projects[project.id].rate_limits == project.rate_limits
 
 
@@ -790,3 +797,46 @@ def test_a_change_knows_its_actor_and_revision(started: Directory) -> None:
         first.records.get("project", "proj_other")
     with started.change(ME) as second:
         assert second.revision == first.revision + 1
+
+
+def test_what_was_deleted_long_ago_goes_and_nobody_misses_that_it_was_deleted(
+    started: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(change_module, "AT_ONCE", 2)
+    project = started.home()[1]
+    with started.change(ME) as change:
+        people = [change.create("user", change.organization, {"role": "member"}).id for _ in range(6)]
+        links = [change.create("project_user", project, {"role": "member"}, natural=one).id for one in people]
+    asleep = other(started, tmp_path)  # suspended for longer than rows are kept
+    with started.change(ME) as change:
+        for link in links[:5]:
+            change.delete(link)
+    forget(started._database, threading.Event())  # so soon nothing goes
+    assert {row.id for row in rows_of(started, records)} >= {*links}
+    with started._database.begin() as connection:
+        at = int(time.time()) - FORGOTTEN_SECONDS - 1
+        connection.execute(update(records).where(records.c.id.in_(links[:4])).values(deleted_at=at))
+    forget(started._database, threading.Event())
+    assert {row.id for row in rows_of(started, records)} & {*links} == {*links[4:]}
+    assert [asleep.roles.may_enter(one, project) for one in people] == [True] * 6
+    for _ in range(2):
+        asleep.look()
+        assert [asleep.roles.may_enter(one, project) for one in people] == [False] * 5 + [True]
+    asleep.authenticate(KEY.encode())
+
+
+def test_after_rows_have_gone_a_look_reads_only_what_is_new_again(
+    started: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with started.change(ME) as change:
+        one = change.create("user", change.organization, {"role": "member"}).id
+    with started.change(ME) as change:
+        change.delete(one)
+    with started._database.begin() as connection:
+        connection.execute(update(records).where(records.c.id == one).values(deleted_at=1))
+    forget(started._database, threading.Event())
+    read: list[int] = []
+    monkeypatch.setattr(directory_module, "read_records", lambda connection, since: read.append(since) or [])
+    with started.change(ME) as change:
+        change.create("user", change.organization, {"role": "member"})
+    assert len(read) == 1 and read[0] > 0

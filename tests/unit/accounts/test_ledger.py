@@ -9,14 +9,16 @@ import pytest
 
 from tertulia.accounts.entry import Entry
 from tertulia.accounts.ledger import Ledger
-from tertulia.store import journal
+from tertulia.store import journal, slots
 from tertulia.store.database import open_database
 
 
-def entry(id: str = "req_1", project: str = "proj_1", cost: int = 5, at: float | None = None) -> Entry:
+def entry(
+    id: str = "req_1", project: str = "proj_1", cost: int = 5, at: float | None = None, attempt: int = 1
+) -> Entry:
     return Entry(
         id,
-        1,
+        attempt,
         at or time.time(),
         "key_1",
         project,
@@ -60,7 +62,7 @@ def test_damaged_lines_keep_nobody_from_starting(ledger: Ledger, tmp_path: Path)
     ledger.append(entry(cost=1))
     ledger.close()
     with open(tmp_path / "ledger" / "000001.jsonl", "ab") as file:
-        file.write(b'{"id":"req_2"{"id":\n\xff\n{"open":"req_3"\n{"id":"req_4",')
+        file.write(b'{"id":"req_2"{"id":\n\xff\n{"id":"req_4",')
     ledger = Ledger(tmp_path)
     ledger.append(entry(cost=2))
     assert ledger.spent() == {"proj_1": 3} and ledger.interrupted == 0
@@ -117,37 +119,54 @@ def test_recovery_that_is_killed_is_gone_on_with(tmp_path: Path) -> None:
     for at in range(5):
         intend(ledger, f"req_{at}")
     ledger.close()
-    file = tmp_path / "ledger" / "000001.jsonl"
-    before = file.read_bytes()
+    file, intents = tmp_path / "ledger" / "000001.jsonl", tmp_path / "ledger" / "intents"
+    before, standing = file.read_bytes(), intents.read_bytes()
     Ledger(tmp_path).close()
     after = file.read_bytes()
     for cut in [*range(len(before), len(after), 37), len(after)]:
         file.write_bytes(after[:cut])
+        intents.write_bytes(standing)
         again = Ledger(tmp_path)
         assert sorted(entry.id for entry in again.entries()) == [f"req_{at}" for at in range(5)]
         again.close()
 
 
-def test_segments_are_kept_until_they_are_folded_and_nothing_is_under_way(
+def test_who_is_killed_between_an_entry_and_the_end_of_its_intent_is_charged_once(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    intend(ledger)
+    ledger.append(entry())  # and not: ledger.append(entry(), intent)
+    again = Ledger(tmp_path)
+    assert again.interrupted == 0 and len(again.entries()) == 1
+
+
+def test_names_too_long_for_an_intent_are_cut(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.intend("req_1", 1, "key_1", "proj_1", "chat", "\0" * 9000, "m" * 9000, "far" * 9000, 25, 10**18)
+    [one] = Ledger(tmp_path).entries()
+    assert (one.asked, one.model, one.cost) == ("\0" * 32, "m" * 32, 10**18) and one.target.startswith("farfar")
+
+
+def test_places_of_intents_are_used_again(ledger: Ledger, tmp_path: Path) -> None:
+    for at in range(5000):
+        ledger.append(entry(f"req_{at}"), ledger.intend(f"req_{at}", 1, "k", "p", "chat", "a", "m", "far", 1, 1))
+    assert (tmp_path / "ledger" / "intents").stat().st_size == slots.STEP
+    held = [ledger.intend(f"req_{at}", 2, "k", "p", "chat", "a", "m", "far", 1, at) for at in range(3000)]
+    assert len({*held}) == 3000 and (tmp_path / "ledger" / "intents").stat().st_size == 3 * slots.STEP
+    for at in held[:2990]:
+        ledger.append(entry(attempt=2), at)
+    again = Ledger(tmp_path)
+    assert again.interrupted == 10 and again.entries()[-1].cost == 2999
+
+
+def test_segments_go_when_they_are_folded_whatever_is_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal, "SEGMENT", 2**20)
     ledger = Ledger(tmp_path, open_database(tmp_path))
     assert ledger.fold is not None
-
-    def fill(segment: int) -> None:
-        while ledger._journal.segment < segment:
-            intend(ledger, "req_short")
-            ledger.append(entry("req_short"))
-
     intend(ledger, "req_long")
-    fill(3)
-    intend(ledger, "req_longer", 2)
-    fill(6)
-    assert ledger.fold.now() > 10_000 and journal.segments(tmp_path / "ledger") == [1, 2, 3, 4, 5, 6]
-    ledger.append(entry("req_long"))
-    ledger.fold.now()
-    assert journal.segments(tmp_path / "ledger") == [3, 4, 5, 6]
+    while ledger._journal.segment < 4:
+        ledger.append(entry("req_short"))
+    assert ledger.fold.now() > 10_000 and journal.segments(tmp_path / "ledger") == [4]
     found = Ledger(tmp_path)  # as after a kill
-    assert found.interrupted == 1 and found.entries()[-1].id == "req_longer"
+    assert found.interrupted == 1 and found.entries()[-1].id == "req_long"
     found.close()

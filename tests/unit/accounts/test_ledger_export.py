@@ -15,8 +15,10 @@ from sqlalchemy import delete, update
 
 from tertulia import cli
 from tertulia.accounts import export
+from tertulia.accounts.audit import itself
+from tertulia.accounts.directory import Directory
 from tertulia.accounts.entry import Entry
-from tertulia.accounts.export import COLUMNS, Part, day_of, rows, verify, write_csv, write_parquet
+from tertulia.accounts.export import COLUMNS, Part, day_of, project_of, rows, verify, write_csv, write_parquet
 from tertulia.accounts.fold import DAY
 from tertulia.accounts.ledger import Ledger
 from tertulia.errors import SettingsError
@@ -140,9 +142,28 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.endswith("all of it agrees\n")
     assert cli.main(["ledger", "export", *place, "--project", "proj_1", "--since", "2020-01-01"]) == 0
     assert capsys.readouterr().out.count("\n") == 1 + sum(one.project == "proj_1" for one in GIVEN)
+    assert cli.main(["ledger", "export", *place, "--project", "Nobody's"]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith('tertulia: --project: There is no project "Nobody\'s"')
     out = tmp_path / "all.parquet"
     assert cli.main(["ledger", "export", *place, "-o", str(out)]) == 0 and out.read_bytes()[:4] == b"PAR1"
     assert capsys.readouterr().out == f"{out}: 1,500 entries\n"
     assert cli.main(["ledger", "export", *place, "-o", str(out)]) == 2
     with pytest.raises(SystemExit):
         cli.main(["ledger", "export", *place, "--since", "yesterday"])
+
+
+def test_a_project_is_found_by_its_name_too(tmp_path: Path, store: Database) -> None:
+    directory = Directory(store, tmp_path)
+    directory.first_start(None, None)
+    with directory.change(itself("test")) as change:
+        one, twin, gone = (
+            change.create("project", change.organization, {"name": name, "archived_at": archived}).id
+            for name, archived in (("One", None), ("Twin", None), ("One", 1))
+        )
+        change.create("project", change.organization, {"name": "Twin", "archived_at": None})
+    assert [project_of(store, text) for text in (one, "One", gone)] == [one, one, gone]
+    with pytest.raises(SettingsError, match=rf"Several projects are named 'Twin'.*{twin}"):
+        project_of(store, "Twin")
+    with pytest.raises(SettingsError, match="There is no project 'one'"):
+        project_of(store, "one")

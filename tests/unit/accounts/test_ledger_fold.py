@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import shutil
@@ -220,6 +221,188 @@ def test_what_was_spent_is_the_same_before_and_after_folding(it: Ledger, tmp_pat
     assert it.spent() == spent + Counter(proj_1=9)
 
 
+# for limits that count over a restart
+@pytest.mark.parametrize("seconds", [60.0, 86_400.0])
+def test_what_was_admitted_is_told_in_few_rows_and_never_as_older_than_it_is(
+    it: Ledger, tmp_path: Path, store: Database, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    chance, now = random.Random(5), int(time.time()) + 0.7
+    monkeypatch.setattr(time, "time", lambda: now)
+    given = [
+        Entry(
+            f"req_{at}", chance.choice((0, 1, 1, 2)), now - min(chance.expovariate(1 / 60), 2000.0), "k",
+            chance.choice(("proj_1", "proj_2")), "chat", "a", "m", 200, "finished", chance.uniform(0, 90_000),
+            prompt_tokens=chance.randrange(100), completion_tokens=chance.randrange(100),
+        )
+        for at in range(4000)
+    ]  # fmt: skip
+    given.sort(key=lambda one: one.at)
+    put(it, given[:3900])
+    (tmp_path / "other").mkdir()
+    other = Ledger(tmp_path / "other", store)
+    put(other, given[:100])
+    for each in (other, it):
+        fold(each)
+    other.close()
+    put(it, given[3900:])  # in the journal alone
+    told = it.admitted(seconds)
+    assert told == sorted(told) and len(told) < 900
+    for project in ("proj_1", "proj_2"):
+        mine = [one for one in told if one.project == project]
+        entries = [(one.at - one.ms / 1000, one) for one in given if one.project == project]
+        for age in (1, 5, 20, 40, 59.9):
+            least, most = now - age, now - age - 2.1
+            requests = sum(one.requests for one in mine if one.began > least)
+            assert sum(one.attempt <= 1 for began, one in entries if began > least) <= requests
+            assert requests <= sum(one.attempt <= 1 for began, one in entries if began > most)
+            tokens = sum(one.tokens for one in mine if one.began > least)
+            used = [(began, one.prompt_tokens + one.completion_tokens) for began, one in entries if one.attempt]
+            assert sum(each for began, each in used if began > least) <= tokens
+            assert tokens <= sum(each for began, each in used if began > most)
+        if seconds > 60:
+            assert sum(one.requests for one in mine) == sum(one.attempt <= 1 for _, one in entries)
+
+
+# several gateways and their money
+class Gateway:
+    """As far as money goes: what it has spent itself, and what it hears of others."""
+
+    def __init__(self, data: Path, store: Database) -> None:
+        data.mkdir(exist_ok=True)
+        self.data, self.store = data, store
+        self.start()
+
+    def start(self) -> None:
+        self.ledger = Ledger(self.data, self.store)
+        self.own = Counter(self.ledger.spent())
+        self.others: dict[str, int] = {}
+        assert self.ledger.fold is not None
+        self.fold = self.ledger.fold
+        self.fold.heard = self._heard
+
+    def _heard(self, month: int, spent: dict[str, int]) -> None:
+        assert month == month_of(time.time()) and all(cost >= 0 for cost in spent.values())
+        self.others = spent
+
+    def spend(self, cost: int, project: str = "proj_1", at: float | None = None) -> None:
+        self.ledger.append(
+            Entry("req_1", 1, at or time.time(), "k", project, "chat", "a", "m", 200, "finished", 1.0, cost=cost)
+        )
+        if at is None:
+            self.own[project] += cost
+
+    @property
+    def spent(self) -> Counter[str]:
+        return +(self.own + Counter(self.others))
+
+
+@pytest.fixture
+def gateways(tmp_path: Path, store: Database) -> Iterator[list[Gateway]]:
+    made = [Gateway(tmp_path / str(at), store) for at in range(3)]
+    yield made
+    for one in made:
+        one.ledger.close()
+
+
+def test_every_gateway_knows_what_all_have_spent_and_counts_nothing_twice(gateways: list[Gateway]) -> None:
+    """Whatever is spent, folded, heard and restarted, in whatever order."""
+    chance, all = random.Random(4), Counter[str]()
+    for _ in range(300):
+        one, project, cost = chance.choice(gateways), chance.choice(("proj_1", "proj_2")), chance.randrange(1000)
+        match chance.choice(("spend", "spend", "spend", "fold", "hear", "restart")):
+            case "spend":
+                one.spend(cost, project)
+                all[project] += cost
+            case "fold":
+                one.fold.now()
+            case "hear":
+                one.fold._hear()
+            case "restart" if chance.random() < 0.5:
+                one.ledger.close()
+                one.start()
+            case _:
+                one.start()  # it was killed, and what it had not folded is in its journal
+        assert all >= one.spent >= one.own
+    for one in gateways:
+        one.fold.now()
+    for one in gateways:
+        one.fold._hear()
+        assert one.spent == all
+
+
+def test_a_commit_whose_answer_is_lost_is_not_somebody_elses(
+    gateways: list[Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, _ = gateways
+    begin, lost = Database.begin, [True, False, True]
+
+    @contextlib.contextmanager
+    def losing(self: Database) -> Iterator[Any]:
+        with begin(self) as connection:
+            yield connection
+        if lost and lost.pop(0):
+            raise exc.OperationalError("x", {}, sqlite3.OperationalError("the connection broke"))
+
+    one.fold.now()
+    one.spend(5)
+    monkeypatch.setattr(Database, "begin", losing)
+    with pytest.raises(FAILURES):
+        one.fold.now()
+    one.fold._hear()
+    assert one.spent == Counter(proj_1=5)
+    one.spend(7)
+    assert one.fold.now() == 1  # not the first one again
+    one.spend(9)
+    with pytest.raises(FAILURES):
+        one.fold.now()
+    other.spend(100)
+    other.fold.now()
+    one.fold.now()
+    one.fold._hear()
+    other.fold._hear()
+    assert one.spent == other.spent == Counter(proj_1=121)
+
+
+def test_nothing_is_added_up_as_long_as_nobody_else_has_folded(
+    gateways: list[Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, _ = gateways
+    asked = []
+    add_up = module._sums_of
+    monkeypatch.setattr(module, "_sums_of", lambda *given: asked.append(given) or add_up(*given))
+    one.fold.now()
+    one.fold._hear()
+    assert not asked and not one.fold._shared  # it is alone
+    other.spend(1)
+    other.spend(2, at=time.time() - 40 * DAY)  # of another month
+    other.fold.now()
+    for _ in range(3):
+        one.spend(1)
+        one.fold.now()
+        one.fold._hear()
+    assert len(asked) == 1 and one.fold._shared and one.spent == Counter(proj_1=4)
+
+
+def test_a_new_month_begins_with_what_is_spent_in_it(gateways: list[Gateway], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other, _ = gateways
+    one.spend(1)
+    other.spend(10)
+    for each in (one, other):
+        each.fold.now()
+        each.fold._hear()
+    later = month_of(time.time()) + 40 * DAY
+    for each in (one, other):
+        each.own.clear()
+    monkeypatch.setattr(time, "time", lambda: later)
+    one.spend(100)
+    other.spend(1000)
+    for each in (one, other):
+        each.fold.now()
+    for each in (one, other):
+        each.fold._hear()
+        assert each.spent == Counter(proj_1=1100)
+
+
 def test_rows_go_after_their_days_and_sums_stay(
     tmp_path: Path, store: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +420,19 @@ def test_rows_go_after_their_days_and_sums_stay(
     assert sorted(left) == sorted(one.id for one in given if int(one.at) >= late) and 0 < len(left) < 1000
     assert requests == sum(1 for one in given if one.attempt)
     it.close()
+
+
+def test_what_else_is_to_go_is_swept_once_an_hour(it: Ledger) -> None:
+    fold, swept = it.fold, list[threading.Event]()
+    assert fold is not None
+    fold.sweeps.append(swept.append)
+    stop = threading.Event()
+    for _ in range(3):
+        fold._try(stop)
+    assert swept == [stop]
+    fold._swept -= HOUR + 1
+    fold._try(None)  # the last one, as the server stops: there is no time for that
+    assert swept == [stop]
 
 
 def test_nothing_is_missed_when_the_journal_is_younger_than_the_database(tmp_path: Path, store: Database) -> None:
@@ -320,6 +516,7 @@ def test_the_writer_has_one_name_for_good(tmp_path: Path) -> None:
 
 KILLED = """
 import sys
+import time
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from tertulia.accounts import fold
@@ -331,10 +528,11 @@ data = Path(sys.argv[1])
 journal.SEGMENT, fold.LINES = 2**20, 200
 ledger = Ledger(data, open_database(data), fold_seconds=0.001)
 ledger.start()
+entries = some(30_000, int(sys.argv[2]))
 print("ready", flush=True)
-at = int(sys.argv[2])
-for entry in some(100_000, at):
+for entry in entries:
     ledger.append(entry)
+time.sleep(60)
 """
 
 

@@ -233,6 +233,42 @@ def test_too_many_a_day_and_at_a_time() -> None:
     assert "on concurrent requests: Limit 1, Used 1, Requested 1. Please try again in 1s." in refusal.error.message
 
 
+def test_who_must_wait_for_longer_than_a_client_does_is_told_not_to_try_again() -> None:
+    """The SDK honours retry-after up to a minute; of a longer one it would make pauses of its own, and try in vain."""
+    it = allowance(daily=1)
+    assert ask(it, 0.0)
+    for now, worth in ((10.0, False), (86_339.0, False), (86_341.0, True)):
+        refusal = it.refusal(0, now, "key_1")
+        assert refusal is not None and refusal.kind == DAILY
+        assert (refusal.error.retry, refusal.error.retry_after) == (worth, 86_400 - now)
+    it = allowance(requests=1)
+    assert ask(it, 0.0)
+    refusal = it.refusal(0, 0.0, "key_1")
+    assert refusal is not None and (refusal.error.retry, refusal.error.retry_after) == (True, 60.0)
+
+
+@quick
+@given(some.integers(0, 60), some.lists(some.floats(0, 30), max_size=60))
+def test_an_observing_limit_says_what_enforcing_would_have_done(tokens: int, pauses: list[float]) -> None:
+    """But for those who wait in line: where nobody is refused, nobody waits."""
+    enforced, watched = allowance(requests=5, tokens=200), allowance()
+    watched.limit(5, 200, NO_LIMIT, NO_LIMIT, frozenset({REQUESTS, TOKENS}))
+    now = 0.0
+    for pause in pauses:
+        now += pause
+        refused = ask(enforced, now, tokens) is None
+        slot = watched.take(tokens, now)
+        refusal = None if slot is not None else watched.refusal(tokens, now, "key_1")
+        if slot is None:
+            slot = watched.force(tokens, now, "key_1")
+        if refusal is not None:
+            assert refusal.observed
+            watched.pass_by(slot, tokens)
+        assert (refusal is not None) == refused
+    assert watched.requests - watched.passed == enforced.requests
+    assert watched.tokens - watched.passed_tokens == enforced.tokens
+
+
 def test_of_several_limits_the_longest_wait_is_told() -> None:
     it = allowance(requests=1, daily=1)
     assert ask(it, 0.0)

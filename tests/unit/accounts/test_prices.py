@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from tertulia.accounts.prices import FREE, Price, Prices, dearest, find_listed, list_date, list_prices, picos_of
+from tertulia.config import Route, RouteTarget, Settings, Upstream
 from tertulia.core import ModelCard, Target, Usage
 from tertulia.errors import SettingsError
+from tertulia.server import prices_of
 
 
 class Far:
@@ -181,3 +183,48 @@ def test_dated_and_fine_tuned_names_are_found() -> None:
     assert find_listed(prices, "openai/gpt-5.4-mini") is prices["gpt-5.4-mini"]
     assert find_listed(prices, "gpt-4o-turbo-max") is None
     assert find_listed(prices, "ft:gpt-4:acme::x1") is None
+
+
+def settings(**given: Any) -> Settings:
+    return Settings(upstreams={"far": Upstream(base_url="http://h/v1", **given.pop("far", {}))}, **given)
+
+
+def test_what_a_price_does_not_say_is_from_the_list_by_the_upstreams_own_name() -> None:
+    """An upstream's model has our name; the list knows the other one."""
+    far: dict[str, Any] = {"models": {"ours": "gpt-4o"}}
+    price, output = {"ours": {"input": 1.0}}, list_prices()["gpt-4o"].output
+    for it in (settings(far={**far, "prices": price}), settings(far=far, prices=price)):
+        found = prices_of(it).find(target("ours", Far(ours="gpt-4o")))
+        assert found is not None and (found.input, found.output) == (1_000_000, output)
+    routed = Route(targets=[RouteTarget(model="gpt-4o", upstream="far")])
+    found = prices_of(
+        settings(far={"prices": {"far/gpt-4o": {"input": 1.0}}}, routes={"house": routed})
+    ).find(target("far/gpt-4o", Far(**{"far/gpt-4o": "gpt-4o"})))  # fmt: skip
+    assert found is not None and found.output == output
+    listed = {"discover": True, "prefix": "east/"}
+    found = prices_of(settings(far=listed, prices={"east/gpt-4o": {"input": 1.0}})).find(
+        target("east/gpt-4o", Far(**{"east/gpt-4o": "gpt-4o"}))
+    )
+    assert found is not None and found.output == output
+
+
+def test_it_is_refused_where_the_list_does_not_know_the_upstreams_name_either() -> None:
+    price = {"ours": {"input": 1.0}}
+    for it in (
+        settings(far={"models": {"ours": "house-brew"}, "prices": price}),
+        settings(far={"models": {"ours": "house-brew"}}, prices=price),
+        settings(prices=price),
+    ):
+        with pytest.raises(SettingsError, match=r"prices\.ours\.output: missing"):
+            prices_of(it)
+    two = {name: Upstream(base_url="http://h/v1", models={"ours": own}) for name, own in (("a", "gpt-4o"), ("b", "x"))}
+    with pytest.raises(SettingsError, match=r"^prices\.ours\.output: missing"):  # b's would cost nothing
+        prices_of(Settings(upstreams=two, prices=price))
+
+
+def test_a_price_that_says_too_little_of_what_was_only_listed_later_is_none() -> None:
+    it = Prices({"ours": {"input": 1.0}}, theirs={"far": {"ours": "gpt-4o"}})
+    assert it.find(target("ours", Far(ours="gpt-4o"))) is not None
+    other = Far(ours="house-brew")
+    other.name = "other"
+    assert it.find(target("ours", other)) is None

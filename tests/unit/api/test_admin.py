@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,40 @@ def test_every_body_refuses_what_it_does_not_know(row: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "given", "param", "said"),
+    [
+        *(
+            ("invites.create", {"email": email, "role": "reader"}, "email", "this is not a valid e-mail address.")
+            for email in ("nobody", "", "a@", "@b.c", "a b@c.d", "a@b@c.d", "<a@b.c>", "a@.b", "a\n@b.c", "a,b@c.d")
+        ),
+        ("users.update", {"email": "nobody"}, "email", "this is not a valid e-mail address."),
+        ("projects.users.create", {"role": "member", "email": "x"}, "email", "this is not a valid e-mail address."),
+        (
+            "spend_alerts.create",
+            {"currency": "USD", "interval": "month", "threshold_amount": 1,
+             "notification_channel": {"type": "email", "recipients": ["ada@example.org", "nobody"]}},
+            "notification_channel.recipients[1]", "this is not a valid e-mail address.",
+        ),
+        ("projects.create", {"name": "a\nb"}, "name", "control characters and invisible ones are not allowed."),
+        ("groups.create", {"name": "a\u202eb"}, "name", "control characters and invisible ones are not allowed."),
+        ("users.update", {"developer_persona": "a\0b"}, "developer_persona", "a null character is in it."),
+    ],
+)  # fmt: skip
+def test_what_a_pattern_refuses_is_said_in_words(method: str, given: dict[str, Any], param: str, said: str) -> None:
+    [row] = [row for row in ROWS if row.sdk == method]
+    with pytest.raises(BadRequest) as refused:
+        row.body.read(json.dumps(given).encode())
+    assert (refused.value.message, refused.value.param) == (f"Invalid '{param}': {said}", param)
+    assert refused.value.code == "invalid_value"
+
+
+@pytest.mark.parametrize("email", ["ada@example.org", "owner@localhost", "a+b.c@d-e.f", "müller@exämple.org"])
+def test_addresses_that_are_addresses(email: str) -> None:
+    [row] = [row for row in ROWS if row.sdk == "users.update"]
+    assert row.body.read(json.dumps({"email": email}).encode()) == {"email": email}
+
+
+@pytest.mark.parametrize(
     ("raw", "name", "values"),
     [
         (b"a=1&a=2", "a", ["1", "2"]), (b"a[]=1&a[]=2", "a", ["1", "2"]), (b"a%5B%5D=1", "a", ["1"]),
@@ -96,7 +131,8 @@ def test_a_query_that_cannot_be_meant_is_refused(raw: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", [b"n=x", b"n=1.0", b"n=-1", b"n=101", b"n=%D9%A1", b"n=1&n=2", b"n=9999999999999999999"]
+    "raw",
+    [b"n=x", b"n=1.0", b"n=1e2", b"n=-1", b"n=101", b"n=%D9%A1", b"n=1&n=2", b"n=" + b"9" * 4001, b"n=nan"],
 )
 def test_numbers_of_a_query(raw: bytes) -> None:
     assert Query(b"n=100", ("n",)).number("n", 1, 100) == 100
@@ -104,6 +140,24 @@ def test_numbers_of_a_query(raw: bytes) -> None:
     with pytest.raises(BadRequest) as refused:
         Query(raw, ("n",)).number("n", 1, 100)
     assert refused.value.param == "n"
+
+
+def test_a_number_of_a_query_says_what_came_instead() -> None:
+    for given in ("1700000000.5", "1e9", "yesterday"):
+        with pytest.raises(BadRequest) as refused:
+            Query(f"start_time={given}".encode(), ("start_time",)).number("start_time")
+        assert refused.value.message == (
+            f"Invalid type for 'start_time': expected an integer, but got '{given}' instead."
+        )
+    with pytest.raises(BadRequest, match="Expected a value <= 10, but got 99999999999999999999999 instead"):
+        Query(b"n=99999999999999999999999", ("n",)).number("n", 0, 10)
+
+
+def test_an_object_in_the_place_of_a_value_is_refused_and_not_overlooked() -> None:
+    for read in (Query.number, Query.text, Query.texts):
+        with pytest.raises(BadRequest) as refused:
+            read(Query(b"at[gt]=1", ("at",)), "at")
+        assert (refused.value.param, refused.value.code) == ("at[gt]", "unknown_parameter")
 
 
 def test_an_object_of_a_query() -> None:

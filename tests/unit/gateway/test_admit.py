@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from tertulia.accounts.limits import KINDS, TOKENS
 from tertulia.accounts.prices import Prices
 from tertulia.accounts.projects import ModelPermissions, Organization, Project, RateLimit, SpendLimit
 from tertulia.api import chat, completions, embeddings
 from tertulia.core import CLIENT_LEFT, FINISHED, Call, Leg, ModelCard, Plan, Principal, Reply, Target, Task, Usage
 from tertulia.errors import Forbidden, QuotaExceeded, RateLimited, TertuliaError
-from tertulia.gateway.admit import Admit, Rules
+from tertulia.gateway.admit import EVERYTHING, Admit, Rules
 from tertulia.gateway.shared import Flights
 
 from .scripted import Wire
@@ -422,7 +423,7 @@ def test_an_answer_that_could_exceed_the_minute_is_given_a_maximum() -> None:
         assert json.loads(house.ask(n=2).body)["max_completion_tokens"] <= 500
         house.plans["m"] = plan(target(context=300))  # it cannot say more than fits
         assert "max_tokens" not in json.loads(house.ask().body)
-        for rules in (Rules(), Rules(tokens=4000, observe_only=True)):
+        for rules in (Rules(), Rules(tokens=4000, observed=EVERYTHING), Rules(tokens=4000, observed=KINDS)):
             free = House(rules, prices={})
             assert "max_tokens" not in json.loads(free.ask().body)
 
@@ -596,8 +597,9 @@ def test_what_only_observes_refuses_nothing_and_says_what_it_would_have(
     limit: Any, kind: str, everywhere: bool
 ) -> None:
     def test() -> None:
-        house = House(Rules(observe_only=everywhere))
-        limit_here = limit if everywhere else limit._replace(observe_only=True)
+        house = House(Rules(observed=EVERYTHING if everywhere else frozenset()))
+        mine = {"observe_only": True} if kind == "spend" else {"observed": KINDS}
+        limit_here = limit if everywhere else limit._replace(**mine)
         house.change(**({"spend_limit": limit_here} if kind == "spend" else {"rate_limits": {"m": limit_here}}))
         first = house.ask(max_tokens=10)
         seen = [house.ask(max_tokens=10) for _ in range(3)]
@@ -612,6 +614,96 @@ def test_what_only_observes_refuses_nothing_and_says_what_it_would_have(
         assert allowance.in_flight == 0
         if kind != "spend":  # what would have been refused does not count: the report is what enforcing would bring
             assert allowance.requests == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize(
+    ("limit", "kind"),
+    [
+        (RateLimit(requests_per_minute=1), "requests"), (RateLimit(tokens_per_minute=200), "tokens"),
+        (RateLimit(requests_per_day=1), "requests_per_day"), (RateLimit(concurrent_requests=1), "concurrent_requests"),
+    ],
+)  # fmt: skip
+def test_any_limit_may_be_the_one_that_observes(limit: RateLimit, kind: str, everywhere: bool) -> None:
+    def test() -> None:
+        seen = frozenset({kind})
+        house = House(Rules(observed=seen if everywhere else frozenset()))
+        house.change(rate_limits={"m": limit if everywhere else limit._replace(observed=seen)})
+        first = house.ask(max_tokens=10)
+        passed = [house.ask(max_tokens=10) for _ in range(3)]
+        assert first.observed == "" and [call.observed for call in passed] == [kind] * 3
+        house.change(rate_limits={"m": limit._replace(observed=KINDS - seen)})
+        if not everywhere:
+            house.refused(RateLimited, max_tokens=10)  # the others may observe, this one is enforced
+        for call in (first, *passed):
+            house.end(call, Usage(5, 5))
+        allowance = first.principal.state.allowances["m"]
+        assert (allowance.in_flight, allowance.passed_in_flight) == (0, 0)
+        assert (allowance.requests, allowance.tokens, allowance.passed, allowance.passed_tokens) == (4, 40, 3, 30)
+
+    run(test)
+
+
+def test_what_one_limit_lets_pass_another_counts() -> None:
+    """Tokens only observe, requests are enforced: calls that have too many tokens use up the requests all the same."""
+
+    def test() -> None:
+        house = House(Rules(requests=5))
+        house.change(rate_limits={"m": RateLimit(tokens_per_minute=200, observed=frozenset({TOKENS}))})
+        calls = [house.ask(max_tokens=10) for _ in range(5)]
+        assert [call.observed for call in calls] == ["", *["tokens"] * 4]
+        error = house.refused(RateLimited, max_tokens=10)
+        assert "requests per min (RPM): Limit 5, Used 5" in error.message
+        assert house.metric("tertulia_would_refuse_total") == {'{limit="tokens",project="proj_1"}': 4}
+
+    run(test)
+
+
+def test_what_passed_does_not_use_up_the_limit_that_let_it_pass() -> None:
+    """The figures are those that enforcing would bring, whatever the calls come to in the end."""
+
+    def test() -> None:
+        house = House()
+        house.change(rate_limits={"m": RateLimit(tokens_per_minute=200, observed=frozenset({TOKENS}))})
+        first = house.ask(max_tokens=10)
+        for used in (1, 90, 5000):
+            passed = house.ask(max_tokens=80)
+            assert passed.observed == "tokens"
+            house.end(passed, Usage(used, 0))
+        house.end(first, Usage(20, 10))
+        assert house.ask(max_tokens=10).observed == ""  # 170 of 200 are free, as if the three had been refused
+        assert house.ask(max_tokens=10).observed == "tokens"
+
+    run(test)
+
+
+# several gateways
+def test_what_other_gateways_spend_counts_as_if_it_were_spent_here() -> None:
+    def test() -> None:
+        house = House(Rules(spend=1000 * TOKEN), spent={"proj_1": 100 * TOKEN, "proj_2": 5 * TOKEN})
+        house.admit.adopt([house.project])
+        month, told = 1_793_491_200, []  # 2026-11-01
+        house.admit.budgets.crossed = told.append
+        whole = house.admit.budgets.all["org-1"]
+        whole.alert_at = 700 * TOKEN
+        house.end(house.ask(max_tokens=10), Usage(5, 5))
+        house.admit.hear(month, {"proj_1": 300 * TOKEN})
+        house.admit.hear(month, {"proj_1": 300 * TOKEN, "proj_9": 50 * TOKEN})  # what was told before is in it
+        assert house.money == (410 * TOKEN, 0) and whole.spent == 465 * TOKEN
+        house.admit.hear(month, {"proj_1": 880 * TOKEN, "proj_9": 50 * TOKEN})
+        assert told == [whole]
+        house.refused(QuotaExceeded, max_tokens=10)
+        new = Project("proj_9", house.organization)  # made by another gateway
+        house.admit.adopt([new])
+        assert house.admit.budgets.all["proj_9"].spent == 50 * TOKEN and whole.spent == 1045 * TOKEN
+        house.now += 20 * 86_400
+        house.admit.hear(month, {"proj_1": 990 * TOKEN})  # of the month before: too late
+        assert house.money == (0, 0) and whole.spent == 0
+        house.admit.hear(1_796_083_200, {"proj_1": 30 * TOKEN})
+        assert house.money == (30 * TOKEN, 0) and whole.spent == 30 * TOKEN
+        house.ask(max_tokens=10)
 
     run(test)
 

@@ -25,10 +25,18 @@ from ..pages import Paging, Query
 
 # what a terminal shows as it is: no controls, and nothing that turns or hides the text around it
 PLAIN = r"^[^\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff]*$"
-Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=PLAIN)]
-Text = Annotated[str, Meta(max_length=2048, pattern=r"^[^\x00]*$")]
-Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=PLAIN)]
-Email = Annotated[str, Meta(min_length=3, max_length=320, pattern=r"^[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+$")]
+VISIBLE = "control characters and invisible ones are not allowed"  # what a refusal says instead of the pattern
+NO_NULL = "a null character is in it"
+Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=PLAIN, description=VISIBLE)]
+Text = Annotated[str, Meta(max_length=2048, pattern=r"^[^\x00]*$", description=NO_NULL)]
+Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=PLAIN, description=VISIBLE)]
+PART = r"[^@\s\x00-\x1f\x7f<>()\[\],;:\\\"]"  # of an address; there may be more than ASCII in it
+Email = Annotated[
+    str,
+    Meta(
+        max_length=320, pattern=rf"^{PART}+@[^.]{PART}*$", description="this is not a valid e-mail address",
+    ),
+]  # fmt: skip
 Lifetime = Annotated[int, Meta(ge=1, le=3_155_760_000)]  # seconds; a hundred years
 Scopes = Annotated[list[Annotated[str, Meta(max_length=128)]], Meta(max_length=128)]
 

@@ -27,9 +27,9 @@ def in_force(ask: Ask) -> dict[str, RateLimit]:
 
 
 def filled(limit: RateLimit, defaults: RateLimit) -> RateLimit:
-    """With the server's own where nothing is set."""
+    """With the server's own where nothing is set; what only observes on this server does so here, too."""
     values = {name: own for name, own in defaults._asdict().items() if getattr(limit, name) is None}
-    return limit._replace(**values)
+    return limit._replace(**values, observed=limit.observed | defaults.observed)
 
 
 def list_rate_limits(ask: Ask) -> dict[str, Any]:

@@ -79,10 +79,10 @@ def organization_role(ask: Ask, name: str) -> str:
     return name
 
 
-def project_role(ask: Ask, name: str, project: str) -> str:
-    """The same for a role in a project."""
+def project_role(ask: Ask, name: str, project: str, param: str = "role") -> str:
+    """The same for a role in a project; param: which parameter says so."""
     if name not in PROJECT_ROLES:
-        raise not_a_choice(name, list(PROJECT_ROLES), "role")
+        raise not_a_choice(name, list(PROJECT_ROLES), param)
     ask.may_give(PROJECT_ROLES[name], project)
     return name
 
@@ -165,11 +165,13 @@ def invited_to(ask: Ask, given: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"id": ask.directory.home()[1], "role": "member"}]
     found: dict[str, dict[str, Any]] = {}
     for index, wanted in enumerate(given["projects"]):
-        project = ask.seen("project", wanted.id)
+        project, param = ask.seen("project", wanted.id), f"projects[{index}]"
         if project is None or project.body.get("archived_at") is not None:
-            param = f"projects[{index}].id"
-            raise BadRequest(f"There is no active project {wanted.id!r}.", param=param, code="invalid_value")
-        found[project.id] = {"id": project.id, "role": project_role(ask, wanted.role, project.id)}
+            raise BadRequest(f"There is no active project {wanted.id!r}.", param=f"{param}.id", code="invalid_value")
+        if project.id in found:
+            raise BadRequest(f"The project {project.id} is named twice.", param=f"{param}.id", code="invalid_value")
+        role = project_role(ask, wanted.role, project.id, f"{param}.role")
+        found[project.id] = {"id": project.id, "role": role}
     return list(found.values())
 
 

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from ...accounts.memory import spend_limit_of
-from ...accounts.projects import RateLimit
+from ...accounts.projects import FIELDS, RateLimit
 from ...accounts.records import Record
 from ...accounts.roles import ORGANIZATION_ROLES, PROJECT_ROLES
 from .kinds import Ask
@@ -87,8 +87,14 @@ def rate_limit(model: str, limit: RateLimit) -> dict[str, Any]:
         "object": "project.rate_limit", "id": f"rl-{model}", "model": model,
         "max_requests_per_1_minute": limit.requests_per_minute, "max_tokens_per_1_minute": limit.tokens_per_minute,
         "max_requests_per_1_day": limit.requests_per_day, "max_concurrent_requests": limit.concurrent_requests,
-        "observe_only": limit.observe_only,
+        "observe_only": observe_only(limit),
     }  # fmt: skip
+
+
+def observe_only(limit: RateLimit) -> bool | list[str]:
+    """True or False where that says it, else the names of the limits that only observe."""
+    names = [name for name, kind in FIELDS.items() if kind in limit.observed]
+    return len(names) > 0 if len(names) in (0, len(FIELDS)) else names
 
 
 def group(ask: Ask, record: Record) -> dict[str, Any]:

@@ -9,24 +9,30 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from ...accounts.projects import FIELDS
 from ..pages import NEXT, Paging
 from . import keys, limits, people, roles, shapes, verbs
-from .kinds import Absent, Ask, Email, Id, Kind, Lifetime, Name, Row, Scopes, Text
+from .kinds import NO_NULL, VISIBLE, Absent, Ask, Email, Id, Kind, Lifetime, Name, Row, Scopes, Text
 from .verbs import CRUD, SINGLE
 
 Amount = Annotated[int, Meta(ge=0, le=100_000_000_000)]  # cents
 Limit = Annotated[int, Meta(ge=1, le=10**15)]
+Observed = bool | list[Literal[*FIELDS]]  # type: ignore[valid-type]  # the limits that refuse nothing: all, none or these
 Models = Annotated[
-    list[Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00]*$")]], Meta(max_length=10_000)
+    list[Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00]*$", description=NO_NULL)]],
+    Meta(max_length=10_000),
 ]
 Permissions = Annotated[list[Annotated[str, Meta(max_length=128)]], Meta(max_length=256)]
 Word = Annotated[str, Meta(min_length=1, max_length=128)]
 
 
+Prefix = Annotated[str, Meta(max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$", description=VISIBLE)]
+
+
 class Channel(msgspec.Struct, forbid_unknown_fields=True):
     type: Literal["email"]
     recipients: Annotated[list[Email], Meta(min_length=1, max_length=100)]
-    subject_prefix: Annotated[str, Meta(max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$")] | None = None
+    subject_prefix: Prefix | None = None
 
 
 class InvitedTo(msgspec.Struct, forbid_unknown_fields=True):
@@ -174,7 +180,7 @@ KINDS: tuple[Kind, ...] = (
         takes={"update_rate_limit": {
             "max_requests_per_1_minute": Limit | None, "max_tokens_per_1_minute": Limit | None,
             "max_requests_per_1_day": Limit | None, "max_concurrent_requests": Limit | None,
-            "observe_only": bool | None, "max_images_per_1_minute": Absent,
+            "observe_only": Observed | None, "max_images_per_1_minute": Absent,
             "max_audio_megabytes_per_1_minute": Absent, "batch_1_day_max_input_tokens": Absent,
         }},
         paging=Paging(default=100, most=1000, backward=True),
