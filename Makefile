@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 COMPILED := build/compiled
-SOURCES := $(shell find src -name '*.py')
+SOURCES := $(shell find src -name '*.py' -o -name '*.c')
 
 .PHONY: serve test test-compiled check bench compiled lock clean
 

@@ -2,12 +2,14 @@
 which makes a call cost about a quarter less CPU. TERTULIA_COMPILE=1 compiles them; anything else builds pure Python.
 
 The source is the same and runs either way; what is compiled is typed strictly and holds no msgspec structs, whose
-annotations do not survive it. `make compiled` builds into build/compiled, beside the source and not over it.
+annotations do not survive it. One function is C, where a compiler cannot make it of Python: it looks at 64 bytes of a
+body at a time (api/decode.py, skim). `make compiled` builds into build/compiled, beside the source and not over it.
 """
 
 import os
+import platform
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 MODULES = (
     "call", "direct", "turns", "accounts/budgets", "accounts/ledger", "accounts/limits", "accounts/prices", "api/edge",
@@ -23,9 +25,12 @@ def extensions() -> list:
         return []
     from mypyc.build import mypycify
 
-    return mypycify(
+    found = mypycify(
         ["--config-file=mypyc.ini", *(f"src/tertulia/{name}.py" for name in MODULES)], opt_level="2", debug_level="0"
     )
+    if platform.machine() in ("x86_64", "AMD64"):
+        found.append(Extension("tertulia.api._outline", ["src/tertulia/api/_outline.c"]))
+    return found
 
 
 setup(ext_modules=extensions())

@@ -329,6 +329,8 @@ def retry_headers(error: TertuliaError) -> list[tuple[str, str]]:
 class Call:
     """One request for an answer of a model, from whoever makes it; lives as long as the answer does.
 
+    asked is the body, decoded. shape is that, too, but its long texts may be cut short: most who look at a call do not
+    look at those, and they are most of its bytes; then reread(body) decodes all of it when somebody does.
     deadline is in seconds of the loop's clock, None for no limit. target is who answers, or would at first; plan is
     all who may; fallback: whoever was asked last is not of its first group. attempts counts what was sent to engines;
     cache says what the cache did: "", hit, miss or joined; cost is what it came to, in nano-dollars, once admit has
@@ -341,7 +343,6 @@ class Call:
     """
 
     __slots__ = (
-        "asked",
         "attempts",
         "began",
         "body",
@@ -365,7 +366,9 @@ class Call:
         "prompt_tokens",
         "refusal",
         "reply",
+        "reread",
         "sent",
+        "shape",
         "stream",
         "target",
         "task",
@@ -380,7 +383,8 @@ class Call:
         self.principal = principal
         self.task = task
         self.body = body
-        self.asked: Any = None
+        self.shape: Any = None
+        self.reread: Callable[[bytes], Any] | None = None
         self.model = ""
         self.stream = False
         self.target: Target | None = None
@@ -414,6 +418,16 @@ class Call:
     def may_continue(self, more: int) -> bool:
         """Whether the call may go on where its answer broke off, with so many bytes of it in its prompt."""
         return self.watch is None or self.watch.continues(self, more)
+
+    @property
+    def asked(self) -> Any:
+        if self.reread is not None:
+            self.shape, self.reread = self.reread(self.body), None
+        return self.shape
+
+    @asked.setter
+    def asked(self, value: Any) -> None:
+        self.shape, self.reread = value, None
 
     def take_over(self, other: Call) -> None:
         """What was sent to engines for other counts as ours."""

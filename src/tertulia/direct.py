@@ -12,6 +12,7 @@ import os
 from typing import Any, Final
 
 _write: Any = os.write
+_writev: Any = os.writev
 
 
 def descriptor(transport: asyncio.BaseTransport) -> int:
@@ -67,3 +68,21 @@ def write(transport: Any, file: int, data: bytes) -> None:
             return
         data = data[sent:]
     transport.write(data)
+
+
+def write_both(transport: Any, file: int, head: bytes, body: bytes) -> None:
+    """write(transport, file, head + body) without a copy of a large body."""
+    if transport.is_closing():
+        return
+    if file >= 0 and not transport.get_write_buffer_size():
+        try:
+            sent = _writev(file, (head, body))
+        except OSError:  # as above
+            sent = 0
+        if sent == len(head) + len(body):
+            return
+        if sent >= len(head):
+            transport.write(memoryview(body)[sent - len(head) :])
+            return
+        head = head[sent:]
+    transport.writelines((head, body))

@@ -7,11 +7,40 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Protocol
+import time
+from typing import Any, Final, Protocol
 
 from .direct import OUTBOX
 
 log = logging.getLogger("tertulia")
+
+
+class Clock:
+    """The time. Within a turn it stands still: it is read once, and not a dozen times for each call, which is near
+    enough for all but who measures how long something took."""
+
+    __slots__ = ("_monotonic", "_still", "_time")
+
+    def __init__(self) -> None:
+        self._still = False
+        self._monotonic = self._time = 0.0
+
+    def stop(self) -> None:
+        self._monotonic, self._time, self._still = time.monotonic(), time.time(), True
+
+    def go(self) -> None:
+        self._still = False
+
+    def monotonic(self) -> float:
+        """Seconds, as time.monotonic() has them."""
+        return self._monotonic if self._still else time.monotonic()
+
+    def time(self) -> float:
+        """Seconds since 1970."""
+        return self._time if self._still else time.time()
+
+
+CLOCK: Final = Clock()  # of this process's one loop
 
 
 class Worker(Protocol):
@@ -39,9 +68,11 @@ class Turns:
     def _run(self) -> None:
         workers, self._workers = self._workers, []
         OUTBOX.open()
+        CLOCK.stop()
         for worker in workers:
             try:
                 worker.work()
             except Exception as error:  # a defect of ours in one; the others are not its victims
                 log.error("unexpected error in a turn", exc_info=error)
+        CLOCK.go()
         OUTBOX.send()

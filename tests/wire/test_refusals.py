@@ -145,6 +145,27 @@ def test_bad_parameters_are_named(mock_server: Served, path: str, extra: dict[st
     check(answer, 400, "unknown_parameter" if name == "surprise" else "invalid_type", name)
 
 
+def test_long_prompts_are_read_to_their_ends(mock_server: Served) -> None:
+    """What is compiled looks at their beginnings only, where nobody wants more."""
+    words = "word \n" * 5_000
+    asked = CHAT | {
+        "messages": [{"role": "user", "content": words + "in json"}],
+        "response_format": {"type": "json_object"},
+    }
+    answer = send(mock_server, "POST", "/chat/completions", json.dumps(asked).encode())
+    assert answer.status == 200, answer.body
+    assert json.loads(answer.body)["usage"]["prompt_tokens"] >= 5_000
+    asked["messages"] = [{"role": "user", "content": words}]
+    check(send(mock_server, "POST", "/chat/completions", json.dumps(asked).encode()), 400, None, "messages")
+    del asked["response_format"]
+    check(
+        send(mock_server, "POST", "/chat/completions", json.dumps(asked | {"n": 0}).encode()),
+        400, "integer_below_min_value", "n",
+    )  # fmt: skip
+    broken = json.dumps(asked).encode().replace(b"word \\n" * 2_500, b"word \\n" * 2_500 + b"\x01", 1)
+    check(send(mock_server, "POST", "/chat/completions", broken), 400, None)
+
+
 @pytest.mark.parametrize("path", POSTS)
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH"])
 def test_wrong_method(mock_server: Served, path: str, method: str) -> None:

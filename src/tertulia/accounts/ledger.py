@@ -22,6 +22,7 @@ import msgspec
 from ..store.journal import PLACE as POSITION
 from ..store.journal import Journal, batches, remove, segments
 from ..store.slots import PLACE, Slots
+from ..turns import CLOCK
 from .entry import Entry, Intent, line_of, read_intent, read_line, read_name
 from .fold import Admitted, Fold, month_of
 
@@ -67,7 +68,7 @@ class Ledger:
         """An attempt is about to leave; returns where its intent stands, until append is told. Raises OSError when that
         cannot be written; then it must not."""
         intent = Intent(
-            id, attempt, time.time(), key, project, task, asked, model, target, prompt_tokens, hold, output_tokens
+            id, attempt, CLOCK.time(), key, project, task, asked, model, target, prompt_tokens, hold, output_tokens
         )
         line: bytes = line_of(intent)
         if len(line) >= PLACE:  # its names are too long; what they begin with is enough here

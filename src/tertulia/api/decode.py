@@ -14,6 +14,11 @@ import msgspec
 
 from ..errors import BadRequest
 
+try:
+    from ._outline import outline  # type: ignore[import-not-found, unused-ignore]  # of the compiled package
+except ImportError:
+    outline = None
+
 T = TypeVar("T")
 Path = list[str | int]
 
@@ -21,6 +26,7 @@ NOT_JSON = (
     "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
     "correctly. The OpenAI API expects a JSON payload, but what was sent was not valid JSON.)"
 )
+SKIMMED = 8192  # bytes of a body from which on it is worth it
 ANY = ""  # in a path: some entry of a mapping, whose key msgspec does not tell; no field has an empty name
 
 _NOUNS = {
@@ -46,6 +52,16 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
             raise explain(str(error), body, decoder.type) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise BadRequest(NOT_JSON) from None
+
+
+def skim(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
+    """The struct in body, except that texts of more than 2,048 bytes may be cut short; None if it is no shorter way,
+    or decode() would refuse body. What is left out has been found valid, so that decode() would not refuse that."""
+    short: bytes | None = None if outline is None else outline(body)
+    try:
+        return None if short is None else decoder.decode(short)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def explain(said: str, body: bytes, shape: Any) -> BadRequest:

@@ -19,7 +19,7 @@ from ..direct import OUTBOX
 from ..errors import BadRequest, TertuliaError, TooLarge
 from ..gateway.pipeline import Pipeline
 from ..gateway.shared import NOWHERE
-from ..turns import Turns
+from ..turns import CLOCK, Turns
 from .edge import WISHES, identify, request_id, standard_headers, wishes
 
 IDLE: Final = "idle"  # what a connection is doing
@@ -34,7 +34,7 @@ class Line:
     write."""
 
     __slots__ = (
-        "directory", "file", "max_body", "more", "paused", "peer", "phase", "pipeline", "protocol", "since",
+        "directory", "file", "known", "max_body", "more", "paused", "peer", "phase", "pipeline", "protocol", "since",
         "transport", "turns",
     )  # fmt: skip
 
@@ -48,6 +48,12 @@ class Line:
         self.phase = READING  # a new connection owes us a request
         self.since = monotonic()  # when that began
         self.more, self.paused = True, False
+        self.known: Repeated | None = None  # the head that came last
+
+    def read(self, data: bytes) -> None:
+        """What the transport has received."""
+        if self.phase != IDLE or self.known is None or not take_repeated(self, self.known, data):
+            self.protocol.take(data)
 
 
 class Head:
@@ -279,7 +285,7 @@ class Exchange:
         self._status, self._lines, self._answer = 200, headers, data
         if self.keep_alive and line.phase == ANSWERING and not line.more:
             OUTBOX.put(line.transport, line.file, self._whole())
-            line.phase, line.since = IDLE, monotonic()  # as on_response_complete would do
+            line.phase, line.since = IDLE, CLOCK.monotonic()  # as on_response_complete would do
             return
         direct.write(line.transport, line.file, self._whole())
         if not self.keep_alive:

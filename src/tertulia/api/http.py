@@ -24,7 +24,7 @@ from ..errors import BadRequest, Overloaded, TertuliaError, TooLarge
 from ..gateway.pipeline import Pipeline
 from ..turns import Turns
 from .edge import request_id, standard_headers
-from .exchange import ANSWERING, IDLE, LEAVING, READING, Exchange, Head, Line, Repeated, repeated, take_repeated
+from .exchange import ANSWERING, IDLE, LEAVING, READING, Exchange, Head, Line, repeated
 
 HEAD_LIMIT = 65536  # bytes of request line and headers
 VERSIONS = ("1.1", "1.0")
@@ -110,12 +110,12 @@ class Protocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, loop)
         self.front = front
         self.line = Line(self, front.pipeline, front.directory, front.turns, front.max_body)
+        self.data_received = self.line.read  # type: ignore[method-assign]  # most of what comes is its to take
         self.head_size = 0
         self.unread = 0
         self.began = 0
         self.access_log = False  # the meter writes ours
         self.ahead: Any = None  # the cycle being answered, where that is not the one that came last
-        self.known: Repeated | None = None
         self.raw: bytes | None = None  # the head now being parsed, if it came in one piece
         self.filling: list[bytes] | None = None  # pieces of the body of a repeated head
         self.missing = 0  # bytes of it still to come
@@ -137,7 +137,7 @@ class Protocol(HttpToolsProtocol):
         self.front.connections.discard(self)
         cycles: list[Any] = [self.ahead, *[waiting for waiting, _ in self.pipeline], self.cycle]
         super().connection_lost(exc)
-        self.cycle = self.ahead = self.known = None  # type: ignore[assignment]  # they refer to us
+        self.cycle = self.ahead = self.line.known = None  # type: ignore[assignment]  # they refer to us
         self.pipeline.clear()
         for cycle in cycles:
             if isinstance(cycle, Exchange):
@@ -166,13 +166,12 @@ class Protocol(HttpToolsProtocol):
         self.line.phase, self.line.since = LEAVING, monotonic()
         self.transport.write_eof()
 
-    def data_received(self, data: bytes) -> None:
+    def take(self, data: bytes) -> None:
+        """What is not a message whose head is known, or not all of one."""
         if self.filling is not None:
             self._fill(data)
             return
         if self.line.phase == IDLE:
-            if self.known is not None and take_repeated(self.line, self.known, data):
-                return
             found = data.find(b"\r\n\r\n")
             self.raw = data[: found + 4] if found > 0 else None
         elif self.line.phase == ANSWERING:  # whatever it is, its turn comes when this answer has ended
@@ -288,7 +287,7 @@ class Protocol(HttpToolsProtocol):
             exchange.current = True
             exchange.look_at_size()
             raw, self.raw = self.raw, None
-            self.known = repeated(raw, head) if raw is not None else None
+            self.line.known = repeated(raw, head) if raw is not None else None
         else:  # pipelined: waits until the one before is answered
             self.flow.pause_reading()
             self.ahead = self.ahead or existing

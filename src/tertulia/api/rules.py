@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core import Call
 from ..errors import BadRequest
-from .decode import decode
+from .decode import SKIMMED, decode, skim
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 
@@ -20,15 +20,22 @@ NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 def checker(decoder: Any, resolve: Callable[[Call, str], None]) -> Callable[[Call], None]:
     """A Task's check: decodes the body by decoder (of chat.Chat), applies the rules, has the model's name resolved."""
 
+    def whole(body: bytes) -> Any:
+        return decode(decoder, body)
+
     def check(call: Call) -> None:
-        asked: Any = decode(decoder, call.body)
-        call.asked, call.model, call.stream = asked, asked.model, bool(asked.stream)
+        asked: Any = skim(decoder, call.body) if len(call.body) > SKIMMED else None
+        if asked is None:
+            call.asked = asked = decode(decoder, call.body)
+        else:
+            call.shape, call.reread = asked, whole
+        call.model, call.stream = asked.model, bool(asked.stream)
         _check_options(asked)
         _check_messages(asked.messages)
         if asked.tools is not None or asked.tool_choice is not None or asked.functions or asked.function_call:
             _check_tools(asked)
         if asked.response_format is not None:
-            _check_format(asked)
+            _check_format(call.asked)
         resolve(call, asked.model)
 
     return check

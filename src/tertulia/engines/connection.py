@@ -22,7 +22,7 @@ import httptools
 from .. import direct
 from ..direct import OUTBOX
 from ..errors import EngineFailed, TertuliaError, UpstreamTimeout
-from ..turns import Turns
+from ..turns import CLOCK, Turns
 from .proxy import Proxy, Tunnel
 from .timeouts import Timeouts
 
@@ -103,7 +103,7 @@ class Connection(asyncio.Protocol):
             self._headers = []
         self._size, self._answered = 0, False
         if body:
-            self.transport.writelines((request, body))  # one system call, and no copy of the body
+            direct.write_both(self.transport, self._file, request, body)
         else:
             OUTBOX.put(self.transport, self._file, request)
 
@@ -500,7 +500,7 @@ class Pool:
             return
         if connection._paused:  # its client reads slowly; the next one may not
             connection.resume_reading()
-        connection.idle_since = monotonic()
+        connection.idle_since = CLOCK.monotonic()
         self._idle[connection] = None
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._sweep)

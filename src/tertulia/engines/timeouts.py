@@ -11,6 +11,8 @@ from collections.abc import Callable, Hashable
 from time import monotonic
 from typing import Generic, TypeVar
 
+from ..turns import CLOCK
+
 E = TypeVar("E", bound=Hashable)
 GRAIN = 0.01  # seconds: entries that close to their time expire together
 
@@ -31,7 +33,7 @@ class Timeouts(Generic[E]):
 
     def add(self, entry: E) -> None:
         """Its time starts now. Adding what is there already is a mistake: remove it first."""
-        self._entries[entry] = monotonic()
+        self._entries[entry] = CLOCK.monotonic()
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self.seconds, self._sweep)
 

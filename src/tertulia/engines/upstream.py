@@ -205,7 +205,7 @@ class Upstream:
         model = self._models.get(target.model)
         if model is None:  # it was discovered, and is gone
             raise EngineFailed(f"The upstream does not offer `{target.model}` any more.")
-        asked, body = call.asked, call.body
+        asked, body = call.shape, call.body
         hide = False
         if call.stream and self._ask_usage:
             options = asked.stream_options

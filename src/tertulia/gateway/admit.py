@@ -13,7 +13,6 @@ An attempt that failed and cost something is paid at once, and no other follows 
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
@@ -26,6 +25,7 @@ from ..accounts.prices import FASTER, FREE, PICO, Price, Prices, dearest
 from ..accounts.projects import Organization, Project, RateLimit, SpendLimit
 from ..core import BYTES_PER_TOKEN, Call, Next, Principal, Target, Usage
 from ..errors import Forbidden, TertuliaError
+from ..turns import CLOCK
 from .metrics import COUNTER, GAUGE, family
 from .tokens import TEMPLATE_TOKENS, Counter, bound, finer, table_of, targets_of
 
@@ -119,8 +119,7 @@ class Admit:
         self._heard: dict[str, int] = {}  # what others have spent, of what is in the budgets
         self.counter = Counter()
         self._accounts: dict[str, Account] = {}
-        self._time = asyncio.get_running_loop().time
-        self._look_at = self._time() + LOOK_SECONDS
+        self._look_at = CLOCK.monotonic() + LOOK_SECONDS
         self._seen = 0
         self._lingering: dict[Call, Held] = {}  # calls that go on though nobody waits for them
         self._going: Call | None = None  # the one of them whose caller is just being settled
@@ -142,7 +141,7 @@ class Admit:
         self.counter.close()
 
     def __call__(self, call: Call, following: Next) -> Awaitable[None] | None:
-        now = self._time()
+        now = CLOCK.monotonic()
         if now >= self._look_at:
             self._look_at = now + LOOK_SECONDS
             self.budgets.roll()
@@ -157,7 +156,7 @@ class Admit:
             raise way.refusal()
         body: bytes = call.body
         prompt = size = len(body)
-        asked: Any = call.asked
+        asked: Any = call.shape
         given: int | None = None
         if call.task.name == "chat":
             prompt += TEMPLATE_TOKENS
@@ -225,7 +224,7 @@ class Admit:
     # the worst case
     def _output(self, call: Call, way: Way, prompt: int) -> tuple[int, int]:
         """(tokens of the answer at most, those that the minute reserves)."""
-        asked: Any = call.asked
+        asked: Any = call.shape
         task: str = call.task.name
         if task == "embedding":
             return 0, 0
@@ -305,7 +304,7 @@ class Admit:
     ) -> Awaitable[None] | None:
         """A limit would be exceeded, or may be: counts if that can change anything, and looks closely."""
         self.budgets.roll()
-        now = self._time()
+        now = CLOCK.monotonic()
         if not self._fits(account, way, prompt + reserved, self._most(call, way, prompt, output), now) and self._fits(
             account, way, 1 + reserved, self._most(call, way, 1, output), now
         ):
@@ -341,7 +340,7 @@ class Admit:
         counted: bool,
     ) -> Awaitable[None] | None:  # fmt: skip
         """Every limit, closely. Raises what the first of them says that does not only observe."""
-        now, allowance = self._time(), way.allowance
+        now, allowance = CLOCK.monotonic(), way.allowance
         cost = self._most(call, way, prompt, output) if way.priced else 0
         seen: list[str] = []
         if cost:
@@ -457,7 +456,7 @@ class Admit:
         """Whether a call that is about to go on where its answer broke off still fits: its prompt is longer by the
         text so far, of so many bytes, and its answer shorter by its tokens. If so, what that may come to beyond what
         the call has reserved is reserved too, until the attempt is over."""
-        account, asked = self._enter(call.principal), call.asked
+        account, asked = self._enter(call.principal), call.shape
         way = account.ways.get(call.model)
         if way is None or way.target is not call.plan.first:  # type: ignore[union-attr]  # it has come this far
             way = self._way(account, call)
@@ -586,7 +585,7 @@ class Admit:
         """What the project may ask of that model."""
         found = account.allowances.get(name)
         if found is None:
-            found = account.allowances[name] = Allowance(account.project.organization.id, name, self._time())
+            found = account.allowances[name] = Allowance(account.project.organization.id, name, CLOCK.monotonic())
             self._limit(found, account.project.rate_limits.get(name))
         return found
 
@@ -665,7 +664,7 @@ class Admit:
         one. name: of the model that is counted."""
         account = self._accounts.get(project.id)
         if account is not None:
-            self._allowance(account, name).recall(age if age > 0 else 0.0, requests, tokens, self._time())
+            self._allowance(account, name).recall(age if age > 0 else 0.0, requests, tokens, CLOCK.monotonic())
 
     def adopt(self, projects: Iterable[Project]) -> None:
         """The projects there are: their budgets are known, and alerts can watch them, before anybody calls."""
@@ -743,7 +742,7 @@ def _choices(asked: Any) -> int:
 
 
 def _tier(call: Call) -> str | None:
-    tier: str | None = getattr(call.asked, "service_tier", None)
+    tier: str | None = getattr(call.shape, "service_tier", None)
     return tier
 
 

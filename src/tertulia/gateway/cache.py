@@ -100,7 +100,7 @@ class Cache:
         if self._policies:
             mode = self._policies.get(call.principal.key_id, mode)
         if mode == "deterministic":
-            asked = call.asked
+            asked = call.shape
             if call.task.name != "embedding" and asked.temperature != 0 and asked.seed is None:
                 mode = "off"
         wishes = call.wishes

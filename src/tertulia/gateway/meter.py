@@ -12,6 +12,7 @@ from ..accounts.entry import Entry, line_of
 from ..accounts.ledger import Ledger
 from ..core import FAILED, Call, Next, Usage
 from ..errors import TertuliaError, Unavailable
+from ..turns import CLOCK
 from .accesslog import AccessLog
 from .metrics import COUNTER, GAUGE, PAUSES, Histogram, family, histogram
 from .traces import Traces
@@ -161,7 +162,7 @@ class Meter:
                 call.model = ascii(call.model)[1:-1]
         usage = (reply.usage if reply.own is None else reply.own) or NOTHING
         task, error = call.task.name, reply.error
-        now = time.time()
+        now = CLOCK.time()
         who.used = int(now)
         entry = Entry(
             call.opener if call.open else call.id, call.sent, now, who.key_id, who.project, task, call.model,

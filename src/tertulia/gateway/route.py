@@ -205,7 +205,7 @@ class Route:
 
     def level(self, call: Call) -> int:
         """Its place in line: what its key is given. Whoever asks for less gets it; nobody gets more by asking."""
-        if getattr(call.asked, "service_tier", None) == FLEX:
+        if getattr(call.shape, "service_tier", None) == FLEX:
             return LOW
         policy = self.settings.policies.get(call.principal.key_id)
         return NORMAL if policy is None or policy.priority is None else LEVELS[policy.priority]

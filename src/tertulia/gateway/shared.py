@@ -425,7 +425,7 @@ def _not_its_own(error: DeadlineExceeded) -> DeadlineExceeded:
 def _copy(call: Call, reply: Reply) -> Call:
     """The same call, answered elsewhere."""
     shared = Call(call.id, call.principal, call.task, call.body, reply, call.began)
-    shared.asked, shared.model, shared.stream = call.asked, call.model, call.stream
+    shared.shape, shared.reread, shared.model, shared.stream = call.shape, call.reread, call.model, call.stream
     shared.target, shared.plan, shared.deadline = call.target, call.plan, call.deadline
     shared.wishes, shared.client = call.wishes, call.client
     shared.prompt_tokens, shared.output_tokens, shared.hold = call.prompt_tokens, call.output_tokens, call.hold

@@ -146,7 +146,7 @@ def _server(url: str) -> dict[str, Any]:
 
 
 def _asked(call: Call) -> dict[str, Any]:
-    asked = call.asked
+    asked = call.shape
     said: dict[str, Any] = {
         "gen_ai.operation.name": OPERATIONS.get(call.task.name, call.task.name),
         "tertulia.request.id": call.id,
