@@ -1,27 +1,33 @@
 """What a large history costs: seeds keys and rows of the ledger into a new data directory, and measures
 
-    python bench/ledger.py DATA [--keys 100000] [--rows 10000000] [--fold 100000]
+    python bench/ledger.py DATA [--keys 100000] [--rows 10000000] [--fold 100000] [--rounds 5]
 
 the start until the first answer (beside that of an empty directory), a month's usage grouped by project and model and
-other queries over HTTP, and the CPU time that moving an entry from the journal into the database takes. The rows are of
-the last 30 days, of 200 projects and 12 models; SQLite writes them itself, with the sums that go with them. What DATA
-has been seeded with is used again.
+other queries over HTTP, the CPU time that moving an entry from the journal into the database takes, and that of a
+request, beside a server with 1,000 keys and no rows: 64 connections, of which each takes another of 1,000 keys with
+each request; what the server does with the entries afterwards counts. The rows are of the last 30 days, of 200 projects
+and 12 models; SQLite writes them itself, with the sums that go with them. What DATA has been seeded with is used again.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import gc
 import os
 import random
 import secrets
 import sqlite3
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
 from pathlib import Path
+
+from stand import Stand, connect, standing
 
 from tertulia.accounts.entry import Entry
 from tertulia.accounts.fold import FIGURES, month_of
@@ -34,6 +40,7 @@ DAYS, PROJECTS, MODELS = 30, 200, 12
 DAY, HOUR = 86400, 3600
 CONFIG = 'chat_model = "mock"\nembedding_model = "mock-embedding"\nport = 0\n'
 ADMIN = "sk-admin-bench-0123456789abcdef"
+LENT, CONNECTIONS, REQUESTS = 1000, 64, 60_000
 
 
 def seed(data: Path, keys: int, rows: int) -> None:
@@ -183,17 +190,75 @@ def fold(data: Path, count: int) -> None:
         ledger.close()
 
 
+def lent(data: Path) -> list[str]:
+    """Keys of the directory that we know, made when they are asked for first."""
+    found = data / "lent.txt"
+    if not found.exists():
+        keys = [f"sk-proj-{secrets.token_urlsafe(32)}" for _ in range(LENT)]
+        server = Server(load({"data": str(data), "admin_key": ADMIN}, {}))
+        server.directory.add_keys(keys, "project", *server.directory.home(), "bench")
+        server.database.dispose()
+        found.write_text("\n".join(keys))
+    return found.read_text().split()
+
+
+async def ask(stand: Stand, keys: list[str], count: int) -> None:
+    body = {"model": "far", "messages": [{"role": "user", "content": "Say something."}], "max_tokens": 20}
+    sent = [stand.request("chat", body, key=key) for key in keys]
+
+    async def ask_on(first: int) -> None:
+        client = await connect(stand)
+        for at in range(first, count, CONNECTIONS):
+            if await client.ask(sent[at * 7 % len(sent)]) != 200:
+                raise SystemExit(f"an answer that was not expected: {client.tail!r}")
+        client.transport.close()
+
+    await asyncio.gather(*[ask_on(first) for first in range(CONNECTIONS)])
+
+
+def cpu_per_request(data: Path) -> float:
+    """Microseconds."""
+    keys = lent(data)
+    with standing({"far": "far"}, [], "fold_seconds = 1.0", seeded=data) as stand:
+        for task in Path(f"/proc/{stand.process.pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # it has ended, or there is only one processor
+                os.sched_setaffinity(int(task.name), {0})
+        asyncio.run(ask(stand, keys, 4 * LENT))
+        time.sleep(3)
+        before = stand.cpu_seconds()
+        asyncio.run(ask(stand, keys, REQUESTS))
+        time.sleep(3)  # until all is in the database
+        return (stand.cpu_seconds() - before) / REQUESTS * 1e6
+
+
+def side_by_side(data: Path, rounds: int) -> None:
+    """One after the other, again and again: what else the machine does changes meanwhile."""
+    few, many = [], []
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, {1})
+    with tempfile.TemporaryDirectory() as place:
+        lent(Path(place))
+        for _ in range(rounds):
+            few.append(cpu_per_request(Path(place)))
+            many.append(cpu_per_request(data))
+    for name, found in ((f"{LENT:,} keys, no rows", few), ("seeded directory", many)):
+        print(f"{'request, ' + name:38} {statistics.median(found):6.1f} us of CPU (median), {min(found):.1f} at best")
+    print(f"ratio {statistics.median(many) / statistics.median(few):.2f}, of the best {min(many) / min(few):.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--keys", type=int, default=100_000)
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--fold", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if not (options.data / "seeded").exists():
         seed(options.data, options.keys, options.rows)
     measure(options.data)
     fold(options.data, options.fold)
+    side_by_side(options.data, options.rounds)
 
 
 if __name__ == "__main__":

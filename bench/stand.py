@@ -69,18 +69,23 @@ class Stand:
 
 
 @contextlib.contextmanager
-def standing(models: dict[str, str], mock: list[str], more: str = "", after: str = "") -> Iterator[Stand]:
-    """models: our name to the mock's; mock: its arguments; more: plain settings; after: tables of settings."""
+def standing(
+    models: dict[str, str], mock: list[str], more: str = "", after: str = "", seeded: Path | None = None
+) -> Iterator[Stand]:
+    """models: our name to the mock's; mock: its arguments; more: plain settings; after: tables of settings; seeded: a
+    data directory that is there, and whose keys the caller knows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with contextlib.ExitStack() as stack:
-        data = stack.enter_context(tempfile.TemporaryDirectory())
+        data = str(seeded) if seeded else stack.enter_context(tempfile.TemporaryDirectory())
         upstream = subprocess.Popen([sys.executable, str(MOCK), *mock], stdout=subprocess.PIPE, text=True)
         stack.callback(_end, upstream, signal.SIGKILL)
         assert upstream.stdout is not None
         port = int(upstream.stdout.readline().split()[-1])
         key = f"sk-bench-{secrets.token_hex(16)}"
-        subprocess.run([sys.executable, str(HERE / "seed.py"), data], env={**os.environ, "BENCH_KEY": key}, check=True)
+        if seeded is None:
+            environment = {**os.environ, "BENCH_KEY": key}
+            subprocess.run([sys.executable, str(HERE / "seed.py"), data], env=environment, check=True)
         named = ", ".join(f'"{ours}" = "{theirs}"' for ours, theirs in models.items())
         config = Path(data) / "bench.toml"
         config.write_text(SETTINGS.format(data=data, port=port, models=named, more=more, after=after))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from array import array
 from pathlib import Path
 
 PLACE = 1024  # bytes of a place; a line with its break must fit
@@ -31,7 +32,8 @@ class Slots:
         self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self.left = _standing(self._file)
         self._window: mmap.mmap | None = None
-        self._free: list[int] = []  # where free places begin
+        # where free places begin; as many small objects would keep the memory around them from being given back
+        self._free = array("q")
         self._size = 0  # bytes of the window
         self._grow(os.fstat(self._file).st_size)
 
@@ -72,7 +74,7 @@ class Slots:
         window = mmap.mmap(self._file, size)
         if self._window is not None:
             self._window.close()
-        self._free += range(size - PLACE, self._size - PLACE, -PLACE)
+        self._free.extend(range(size - PLACE, self._size - PLACE, -PLACE))
         self._window, self._size = window, size
 
     def flush(self) -> None:
