@@ -95,8 +95,7 @@ def routes(database: Database, catch_up: Callable[[], None]) -> list[Route]:
     def read(wanted: Wanted) -> Rows:
         try:
             catch_up()
-            with database.connect() as connection:
-                return sums(connection, wanted)
+            return sums(database, wanted)
         except (*FAILURES, OSError):
             raise Unavailable() from None
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, insert
+from sqlalchemy import insert
 
 from tertulia.accounts import usage
 from tertulia.accounts.entry import Entry
 from tertulia.accounts.fold import DAY, FIGURES, HOUR, KINDS
 from tertulia.accounts.ledger import Ledger
 from tertulia.accounts.usage import BY, MINUTE, Wanted, sums
-from tertulia.store.database import open_database
+from tertulia.store.database import Database, open_database
 from tertulia.store.schema import api_keys
 from unit.accounts.entries import NOON, put, some
 
@@ -25,7 +25,7 @@ OWNERS = {"key_0": "user_a", "key_1": "user_b"}  # key_2 is not known any more
 
 
 @pytest.fixture
-def connection(tmp_path: Path, database: str) -> Iterator[Connection]:
+def filled(tmp_path: Path, database: str) -> Iterator[Database]:
     store = open_database(tmp_path, database)
     ledger = Ledger(tmp_path, store)
     put(ledger, GIVEN)
@@ -37,8 +37,7 @@ def connection(tmp_path: Path, database: str) -> Iterator[Connection]:
                 "owner_id": owner, "hash": key.encode().ljust(32), "created_at": 0, "revision": 1,
             }  # fmt: skip
             connection.execute(insert(api_keys), row)
-    with store.connect() as connection:
-        yield connection
+    yield store
     ledger.close()
     store.dispose()
 
@@ -72,7 +71,7 @@ def expected(wanted: Wanted) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_sums_are_those_of_the_entries(connection: Connection) -> None:
+def test_sums_are_those_of_the_entries(filled: Database) -> None:
     chance = random.Random(5)
 
     def maybe(*names: str) -> tuple[str, ...] | None:
@@ -93,7 +92,7 @@ def test_sums_are_those_of_the_entries(connection: Connection) -> None:
             maybe("proj_0", "proj_1", "nobody"), maybe("user_a", "user_b"), maybe("key_0", "key_2"),
             maybe("m", "asked"),
         )  # fmt: skip
-        found = sums(connection, wanted)
+        found = sums(filled, wanted)
         missing = {None: ""}
         key = slice(0, 1 + len(wanted.by))
         found = sorted(found, key=lambda row: tuple(missing.get(each, each) for each in row[key]))
