@@ -4,9 +4,10 @@
 
 the start until the first answer (beside that of an empty directory), a month's usage grouped by project and model and
 other queries over HTTP, the CPU time that moving an entry from the journal into the database takes, and that of a
-request, beside a server with 1,000 keys and no rows: 64 connections, of which each takes another of 1,000 keys with
-each request; what the server does with the entries afterwards counts. The rows are of the last 30 days, of 200 projects
-and 12 models; SQLite writes them itself, with the sums that go with them. What DATA has been seeded with is used again.
+request, beside a server with 1,000 keys of the same 200 projects and no rows: the server has one processor, who asks
+and who answers another; 64 connections, of which each takes another of 1,000 keys, drawn from all there are, with each
+request; what the server does with the entries afterwards counts. The rows are of the last 30 days, of 200 projects and
+12 models; SQLite writes them itself, with the sums that go with them. What DATA has been seeded with is used again.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from stand import Stand, connect, standing
 
 from tertulia.accounts.entry import Entry
 from tertulia.accounts.fold import FIGURES, month_of
-from tertulia.accounts.ledger import Ledger
+from tertulia.accounts.keys import digest, pepper
+from tertulia.accounts.ledger import Ledger, writer_name
 from tertulia.config import load
 from tertulia.server import Server
 from tertulia.store.database import open_database
+from tertulia.store.journal import PLACE
 
 DAYS, PROJECTS, MODELS = 30, 200, 12
 DAY, HOUR = 86400, 3600
@@ -63,16 +66,19 @@ def seed(data: Path, keys: int, rows: int) -> None:
             ),
         )
         began = time.monotonic()
-        seed_rows(connection, keys, rows)
+        if rows:
+            seed_rows(connection, writer_name(data), keys, rows)
     with sqlite3.connect(data / "tertulia.db") as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    print(f"{rows:,} rows and {keys:,} keys seeded in {time.monotonic() - began:.0f} s")
+    if rows:
+        print(f"{rows:,} rows and {keys:,} keys seeded in {time.monotonic() - began:.0f} s")
     (data / "seeded").touch()
 
 
-def seed_rows(connection: sqlite3.Connection, keys: int, rows: int) -> None:
+def seed_rows(connection: sqlite3.Connection, writer: str, keys: int, rows: int) -> None:
+    """As if this writer, and no other, had folded all of them."""
     now = int(time.time())
-    connection.execute("INSERT INTO writers VALUES (1, 'seed', 0)")
+    connection.execute("INSERT INTO writers VALUES (1, ?, ?)", (writer, (rows * 400 >> PLACE) + 1 << PLACE))
     connection.execute(
         f"""
         WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows}),
@@ -132,13 +138,8 @@ class Running:
 def measure(data: Path) -> None:
     with tempfile.TemporaryDirectory() as empty:
         Running(Path(empty)).stop()  # makes the tables
-        small = [Running(Path(empty)) for _ in range(1)]
-        small[0].stop()
-        print(f"start, empty directory       {small[0].seconds:8.2f} s")
-    running = Running(data)
-    status = Path(f"/proc/{running.process.pid}/status").read_text()
-    resident = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
-    print(f"start, seeded directory      {running.seconds:8.2f} s, {int(resident) / 1024:.0f} MB resident")
+        show_start("empty", Path(empty)).stop()
+    running = show_start("seeded", data)
     month, now = int(time.time()) - DAYS * DAY, int(time.time())
     by = "group_by[]=project_id&group_by[]=model"
     for name, path in (
@@ -156,11 +157,27 @@ def measure(data: Path) -> None:
     running.stop()
 
 
+def show_start(name: str, data: Path) -> Running:
+    """The median of five; the last one goes on running."""
+    seconds = []
+    for at in range(5):
+        running = Running(data)
+        seconds.append(running.seconds)
+        if at < 4:
+            running.stop()
+    status = Path(f"/proc/{running.process.pid}/status").read_text()
+    resident = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
+    print(
+        f"{f'start, {name} directory':28} {statistics.median(seconds):8.2f} s (median of 5), {max(seconds):.2f} s at "
+        f"worst, {int(resident) / 1024:.0f} MB resident"
+    )
+    return running
+
+
 def fold(data: Path, count: int) -> None:
     """In a process that is as the server is: what is loaded is frozen."""
     chance, now = random.Random(1), time.time() - 5 * DAY  # a start counts what was asked in the last minute
-    with tempfile.TemporaryDirectory() as place:
-        ledger = Ledger(Path(place), open_database(data))
+    with contextlib.closing(Ledger(data, open_database(data))) as ledger:
         assert ledger.fold is not None
         for at in range(count):
             key = chance.randrange(1000)
@@ -187,17 +204,19 @@ def fold(data: Path, count: int) -> None:
         took = (time.monotonic() - began) * 1000
         print(f"spent since {time.strftime('%Y-%m-%d', time.gmtime(month_of(now)))}       {took:8.0f} ms, "
               f"{len(spent)} projects")  # fmt: skip
-        ledger.close()
 
 
 def lent(data: Path) -> list[str]:
-    """Keys of the directory that we know, made when they are asked for first."""
+    """Keys that we know, in the place of some that were seeded, drawn from all of them."""
     found = data / "lent.txt"
     if not found.exists():
-        keys = [f"sk-proj-{secrets.token_urlsafe(32)}" for _ in range(LENT)]
-        server = Server(load({"data": str(data), "admin_key": ADMIN}, {}))
-        server.directory.add_keys(keys, "project", *server.directory.home(), "bench")
-        server.database.dispose()
+        keys, secret = [f"sk-proj-{secrets.token_urlsafe(32)}" for _ in range(LENT)], pepper(data / "secret")
+        with sqlite3.connect(data / "tertulia.db") as connection:
+            ids = connection.execute("SELECT id FROM api_keys WHERE name LIKE 'key %' ORDER BY id").fetchall()
+            rows = [
+                (digest(key.encode(), secret), id) for key, (id,) in zip(keys, random.sample(ids, LENT), strict=True)
+            ]
+            connection.executemany("UPDATE api_keys SET hash = ? WHERE id = ?", rows)
         found.write_text("\n".join(keys))
     return found.read_text().split()
 
@@ -237,10 +256,11 @@ def side_by_side(data: Path, rounds: int) -> None:
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, {1})
     with tempfile.TemporaryDirectory() as place:
-        lent(Path(place))
+        seed(Path(place), LENT, 0)
         for _ in range(rounds):
             few.append(cpu_per_request(Path(place)))
             many.append(cpu_per_request(data))
+            print(f"  {few[-1]:6.1f} {many[-1]:6.1f} us of CPU a request", flush=True)
     for name, found in ((f"{LENT:,} keys, no rows", few), ("seeded directory", many)):
         print(f"{'request, ' + name:38} {statistics.median(found):6.1f} us of CPU (median), {min(found):.1f} at best")
     print(f"ratio {statistics.median(many) / statistics.median(few):.2f}, of the best {min(many) / min(few):.2f}")

@@ -157,7 +157,10 @@ class Connection(asyncio.Protocol):
             return
         try:
             whole = self._whole
-            if whole is not None and data.startswith(OK) and self._at_once(whole, data):
+            if whole is not None and (at := self._ends_at_once(data)):
+                self._receiver = self._whole = None
+                self._pool.give_back(self)
+                whole(data[at:])
                 return
             if self._even and self._one_chunk(data):
                 return
@@ -184,22 +187,33 @@ class Connection(asyncio.Protocol):
         except Exception as error:  # a defect of ours in whoever receives: the loop would swallow it, the call hang
             self._defect(error)
 
-    def _at_once(self, whole: Callable[[bytes], None], data: bytes) -> bool:
-        """An answer with status 200 that is all here, by its length to the byte, needs no parser."""
-        at = data.find(b"\r\n\r\n")
-        if at < 0:
-            return False
-        head = data[: at + 2].lower()
-        length = head.find(LENGTH) + 17
-        if length < 17 or TRANSFER in head or CONNECTION in head or head.find(LENGTH, length) > 0:
-            return False
-        value = head[length : head.find(b"\r", length)].strip(b" ")
-        if not value.isdigit() or int(value) != len(data) - at - 4:
-            return False
-        self._receiver = self._whole = None
-        self._pool.give_back(self)
-        whole(data[at + 4 :])
-        return True
+    def _ends_at_once(self, data: bytes) -> int:
+        """An answer with status 200 that is all here, by its length to the byte, needs no parser: where its body
+        begins; 0 if it is none. Most heads are as the last one was, but for the length."""
+        before, behind = self._pool.before, self._pool.behind
+        at = len(before)
+        if at and data.startswith(before):
+            end = data.find(b"\r", at, at + 10)
+            value = data[at:end]
+            if end > 0 and value.isdigit() and data.startswith(behind, end):
+                end += len(behind)
+                return end if int(value) == len(data) - end else 0
+        end = data.find(b"\r\n\r\n")
+        if end < 0 or not data.startswith(OK):
+            return 0
+        head = data[: end + 2].lower()
+        at = head.find(LENGTH) + 17
+        if at < 17 or TRANSFER in head or CONNECTION in head or head.find(LENGTH, at) > 0:
+            return 0
+        while head.startswith(b" ", at):
+            at += 1
+        last = head.find(b"\r", at)
+        value = head[at:last].rstrip(b" ")
+        end += 4
+        if not value.isdigit() or int(value) != len(data) - end:
+            return 0
+        self._pool.before, self._pool.behind = data[:at], data[at + len(value) : end]
+        return end
 
     def _one_chunk(self, data: bytes) -> bool:
         """A read that is one chunk to the byte, where a chunk may begin, needs no parser, whose state is the same after
@@ -371,6 +385,7 @@ class Pool:
             self.proxy_line = proxy.authorization
         self._connect_timeout = connect_timeout
         self._idle_limit = idle_limit
+        self.before = self.behind = b""  # of the last head of an answer that came at once, around its length
         self._idle: dict[Connection, None] = {}  # oldest first
         self.rests: Timeouts[Rest] = Timeouts(REST_SECONDS, lambda rest: rest.give_up())
         self._all: set[Connection] = set()

@@ -414,3 +414,53 @@ def test_a_closed_pool_makes_no_connections() -> None:
                 await waiting
 
     run(test)
+
+
+HEADS = [
+    b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\ndate: today\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length:%d \r\ndate: today\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\ndate: tomorrow\r\ncontent-length:   %d\r\n\r\n",
+]
+NOT_AT_ONCE = [
+    b"HTTP/1.1 500 No\r\ncontent-length: %d\r\ndate: today\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\ndate: today\r\nconnection: close\r\n\r\n",
+]
+
+
+def test_answers_that_come_at_once_are_taken_whole_whatever_came_before() -> None:
+    """A head as the last one is not looked at again: no other may be taken for it."""
+
+    def test() -> None:
+        pool, connection, wire = connected()
+        for head in [*HEADS, *HEADS[::-1], *NOT_AT_ONCE[:1], HEADS[0], HEADS[0], NOT_AT_ONCE[1]]:
+            for body in (b"{}", b"x" * 12_345, b"", b"y"):
+                if wire.closed:
+                    return
+                told, heard = Heard(), []
+                connection.send(b"", told, whole=heard.append)
+                connection.data_received(head % len(body) + body)
+                connection.work()
+                if head in HEADS:
+                    assert (heard, told.said) == ([body], [])
+                else:
+                    assert heard == [] and told.said == [int(head[9:12]), *([body] if body else []), "end"]
+                pool.take()
+        raise AssertionError("the last answer closes the connection")
+
+    on_loop(test)
+
+
+@pytest.mark.parametrize("wrong", [b"+5", b"5_0", b"05", b"4", b"6", b"", b"9999999999999", b" 5"])
+def test_a_length_that_does_not_fit_is_the_parsers_to_judge(wrong: bytes) -> None:
+    def test() -> None:
+        _, connection, wire = connected()
+        for value in (b"5", wrong):
+            told, heard = Heard(), []
+            connection.send(b"", told, whole=heard.append)
+            connection.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: %b\r\ndate: today\r\n\r\nhello" % value)
+            connection.work()
+            assert bool(heard) == (value in (b"5", b"05", b" 5"))
+        if wrong == b"4":
+            assert told.said == [200, b"hell", "end"] and wire.closed
+
+    on_loop(test)
